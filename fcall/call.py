@@ -1,0 +1,193 @@
+"""``functional_call``: normalise the arguments, choose the route, write changed state back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, MutableMapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fcall import _torch, eager, errors, operator, routes
+from fcall.binding import bind, check_values
+from fcall.plan import plan_for
+from fcall.substitution import Substitution, substitution_of
+
+__all__ = ["Weights", "functional_call"]
+
+Weights = Mapping[str, Tensor] | Sequence[Mapping[str, Tensor]]
+"""Values for parameters and buffers by name, in one mapping or in several without common names."""
+
+
+def functional_call(
+    module: nn.Module,
+    parameter_and_buffer_dicts: Weights,
+    args: Any = None,
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    tie_weights: bool = True,
+    strict: bool = False,
+    method: str | None = None,
+) -> Any:
+    """Call ``module`` with the given parameters and buffers in place of its own.
+
+    A drop-in replacement for :func:`torch.func.functional_call`. Under ``torch.compile`` and
+    ``torch.export`` the call is one operator in the captured graph, with the given tensors and the
+    inputs as its operands; :func:`fcall.record_routes` tells when it is not, and why.
+
+    Args:
+        module: The module to call. It is the same after the call, also when it raises.
+        parameter_and_buffer_dicts: Values by name, as in ``module.named_parameters()`` and
+            ``named_buffers()``; one dict, or a list or tuple of dicts without common names. What is
+            left out stays the module's own. The names of a module wrapped by ``torch.compile``
+            may have the prefix ``_orig_mod.`` or not. The plain name of a parametrized tensor
+            (``"layer.weight"``) disables its parametrization;
+            ``"layer.parametrizations.weight.original"`` goes through it. Mutated: the tensors, by
+            what the module does to them in place; and the dicts, in which a tensor that the module
+            reassigns (``self.step = self.step + 1``) is replaced under the same name.
+        args: The positional arguments of the call: a tuple, or a single value that is not a tuple.
+        kwargs: The keyword arguments of the call.
+        tie_weights: Whether names that are tied in the module (one tensor under two names) all
+            follow the value given for one of them. With ``False`` each has its own.
+        strict: Whether names that are missing or unexpected are an error.
+        method: The method to call; ``None`` calls the module itself, with its hooks.
+
+    Returns:
+        What the module returns.
+
+    Raises:
+        DuplicateNameError: a name is in two dicts (a ``ValueError``).
+        InvalidDictsError: neither a mapping nor a sequence of mappings (a ``ValueError``).
+        InvalidNameError: a key is not a dotted name (a ``KeyError``).
+        MetaTensorError: a tensor on meta has no value in a call with real ones (``RuntimeError``).
+        NotATensorError: a value is not a tensor (a ``TypeError``).
+        SharedSlotError: with ``tie_weights=False``, two paths to one submodule have different
+            values (a ``ValueError``).
+        StrictKeysError: with ``strict``, the names are not those of the module (``RuntimeError``).
+        TiedValuesError: tied names have different values (a ``ValueError``).
+        UnknownPathError: a name leads through no submodule (an ``AttributeError``).
+        UnsupportedModuleError: a scripted or traced module, or ``nn.DataParallel``
+            (a ``RuntimeError``).
+
+    Example::
+
+        >>> model = nn.Linear(3, 2)
+        >>> params = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+        >>> fcall.functional_call(model, params, torch.ones(1, 3))
+        tensor([[0., 0.]])
+
+    The semantics are those of torch.func 2.13, with the differences listed in docs/semantics.md.
+    """
+    if args is None:
+        args = ()
+    elif not isinstance(args, tuple):
+        args = (args,)
+    return _call(
+        module, parameter_and_buffer_dicts, args, dict(kwargs or {}), tie_weights, strict, method
+    )
+
+
+def call_inlined(
+    module: nn.Module,
+    weights: dict[str, Tensor],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    tie_weights: bool,
+    method: str | None,
+) -> Any:
+    """Do as :func:`functional_call`, but never as an operator: for a graph that needs no border."""
+    return _call(module, weights, args, kwargs, tie_weights, False, method, inline=True)
+
+
+@_torch.frame_not_traced_first
+def _call(
+    module: nn.Module,
+    dicts: Weights,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    tie_weights: bool,
+    strict: bool,
+    method: str | None,
+    inline: bool = False,
+) -> Any:
+    tracing = torch.compiler.is_dynamo_compiling()
+    if tracing:
+        _torch.allow_rnns_in_this_trace()
+    _refuse_unsupported(module, method)
+    given = merge(dicts)
+    names = tuple(given)
+    if tracing:
+        binding = bind(module, names, tie_weights=tie_weights, strict=strict)
+        substitution = substitution_of(module, binding)
+    else:
+        substitution = plan_for(module, names, tie_weights=tie_weights, strict=strict)
+    check_values(module, given, substitution.same, tie_weights=tie_weights)
+    values = tuple(given.values())
+    _refuse_meta(module, substitution, (values, args, kwargs))
+
+    changed: dict[int, Any] = {}
+    try:
+        if not inline and (tracing or operator.is_recorded()):
+            out, changed = operator.call(module, method, substitution, names, values, args, kwargs)
+            return out
+        routes.record(type(module).__name__, routes.EAGER)
+        target = module if method is None else getattr(module, method)
+        return eager.run(substitution, values, lambda: target(*args, **kwargs), changed)
+    finally:
+        if changed:
+            _write_back(dicts, {names[i]: value for i, value in changed.items()})
+
+
+def merge(dicts: Weights) -> dict[str, Any]:
+    """Return one dict of all that is given."""
+    if isinstance(dicts, Mapping):
+        return dict(dicts)
+    if not isinstance(dicts, Sequence) or isinstance(dicts, (str, bytes)):
+        errors.fail(errors.InvalidDictsError, type(dicts).__name__)
+    given: dict[str, Any] = {}
+    for part in dicts:
+        if not isinstance(part, Mapping):
+            errors.fail(errors.InvalidDictsError, f"a sequence with a {type(part).__name__}")
+        for name, value in part.items():
+            if name in given:
+                errors.fail(errors.DuplicateNameError, name)
+            given[name] = value
+    return given
+
+
+def _write_back(dicts: Weights, changed: Mapping[str, Any]) -> None:
+    """Replace what the module reassigned, in the mapping that the name came in."""
+    for part in [dicts] if isinstance(dicts, Mapping) else dicts:
+        for name in changed:
+            if name in part:
+                if not isinstance(part, MutableMapping):
+                    errors.fail(errors.ReadOnlyMappingError, name, type(part).__name__)
+                part[name] = changed[name]
+
+
+def _refuse_unsupported(module: nn.Module, method: str | None) -> None:
+    """Refuse what is no module, or whose state is out of Python's reach."""
+    name = type(module).__name__
+    if isinstance(module, (torch.jit.ScriptModule, torch.jit.ScriptFunction)):
+        advice = "Its tensors are out of Python's reach: call the module it was scripted from."
+        errors.fail(errors.UnsupportedModuleError, f"the Jitted module {name}", advice)
+    if torch.jit.is_tracing() or torch.jit.is_scripting():
+        advice = "Use torch.export or fcall.export in place of torch.jit."
+        errors.fail(errors.UnsupportedModuleError, "Jitted modules (torch.jit is tracing)", advice)
+    if isinstance(module, nn.DataParallel):
+        advice = "Call module.module, or use DistributedDataParallel."
+        errors.fail(errors.UnsupportedModuleError, f"the nn.DataParallel module {name}", advice)
+    if not isinstance(module, nn.Module):
+        errors.fail(errors.NotAModuleError, name)
+    if method is not None and not callable(getattr(module, method, None)):
+        errors.fail(errors.UnknownMethodError, name, method, dir(type(module)))
+
+
+def _refuse_meta(module: nn.Module, substitution: Substitution, given: Any) -> None:
+    """Refuse to mix real tensors with tensors on meta that were given no value."""
+    left = [name for name, (store, key) in substitution.kept if store.get(key, None).is_meta]
+    if left:
+        leaves = _torch.pytree.tree_leaves(given)
+        if any(isinstance(leaf, torch.Tensor) and not leaf.is_meta for leaf in leaves):
+            errors.fail(errors.MetaTensorError, type(module).__name__, left)

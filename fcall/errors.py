@@ -1,0 +1,238 @@
+"""Every mistake a caller can make, one class each, with the message on the class.
+
+Each class also derives from the builtin that ``torch.func.functional_call`` raises in the same
+case, so an ``except ValueError`` keeps working when the import changes. What a class is made with
+is listed after "Details" in its docstring, and kept as ``error.details``.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import Any, NoReturn
+
+import torch
+
+from fcall._torch import evaluated_while_tracing
+
+__all__ = [
+    "DuplicateNameError",
+    "FcallError",
+    "FcallWarning",
+    "InvalidDictsError",
+    "InvalidNameError",
+    "MetaTensorError",
+    "MissingValuesError",
+    "NotAModuleError",
+    "NotATensorError",
+    "NotATensorSlotError",
+    "ReadOnlyMappingError",
+    "SharedSlotError",
+    "StateChangedError",
+    "StrictKeysError",
+    "TiedValuesError",
+    "UnknownMethodError",
+    "UnknownPathError",
+    "UnsupportedModuleError",
+]
+
+
+class FcallError(Exception):
+    """Base class of the errors that fcall raises; never raised itself."""
+
+    template = ""
+
+    def __init__(self, *details: Any) -> None:
+        self.details = details
+        self.message = self.describe(*details)
+        super().__init__(self.message)
+
+    def describe(self, *details: Any) -> str:
+        """Return the message."""
+        return self.template.format(*details)
+
+    def __str__(self) -> str:
+        return self.message  # not ``args``: Dynamo adds its stack to them, KeyError quotes them
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _named_class(type(self)), self.details
+
+
+class FcallWarning(UserWarning):
+    """fcall works, but not in the way it was meant to, for instance on an unknown torch."""
+
+
+class InvalidDictsError(FcallError, ValueError):
+    """The weights are neither a mapping nor a list or tuple of mappings. Details: what was got."""
+
+    template = (
+        "parameter_and_buffer_dicts must be a dict from names to tensors, or a list or tuple of "
+        "such dicts, but got {}. Pass for example dict(module.named_parameters())."
+    )
+
+
+class DuplicateNameError(FcallError, ValueError):
+    """The same name stands in two of the dicts. Details: the name."""
+
+    template = "the key {!r} appeared in multiple dictionaries. Keep it in one of them."
+
+
+class InvalidNameError(FcallError, KeyError):
+    """A key is not a dotted name. Details: the key."""
+
+    template = (
+        "{!r} is not the name of a parameter or buffer: names are non-empty strings as in "
+        "module.named_parameters(), with parts joined by single dots."
+    )
+
+
+class NotATensorError(FcallError, TypeError):
+    """A value is neither a tensor nor like one. Details: the name, the value's type."""
+
+    template = (
+        "the value given for {!r} is not a tensor but a {}. Values must be torch.Tensor or "
+        "implement __torch_function__; leave a name out to keep the module's own tensor."
+    )
+
+
+class NotATensorSlotError(FcallError, TypeError):
+    """A key names an attribute that is not a tensor. Details: name, the module's and its types."""
+
+    template = (
+        "the attribute {!r} of {} is not a tensor but a {}. Only tensors can be substituted; "
+        "pass other values as arguments."
+    )
+
+
+class UnknownPathError(FcallError, AttributeError):
+    """A key leads through a submodule that does not exist. Details: type, name, known names."""
+
+    def describe(self, module: str, name: str, known: list[str]) -> str:
+        """Return the message."""
+        return f"{module} has no submodule to which the key {name!r} leads{nearest(name, known)}."
+
+
+class UnknownMethodError(FcallError, AttributeError):
+    """``method`` names nothing callable. Details: the module's type, the method, known methods."""
+
+    def describe(self, module: str, method: str, known: list[str]) -> str:
+        """Return the message."""
+        return f"{module} has no method {method!r} to call{nearest(method, known)}."
+
+
+class TiedValuesError(FcallError, ValueError):
+    """Tied names were given different values. Details: the names, the module's type."""
+
+    template = (
+        "functional_call got multiple values for keys {}, which are tied in {}. Give one of them, "
+        "or the same tensor for each, or consider using tie_weights=False."
+    )
+
+
+class SharedSlotError(FcallError, ValueError):
+    """Two paths to one tensor slot were given different values. Details: names, module's type."""
+
+    template = (
+        "functional_call got multiple values for keys {}, but in {} they are paths to one and the "
+        "same submodule, so tie_weights=False cannot untie them. Give one of them, or the same "
+        "tensor for each."
+    )
+
+
+class StrictKeysError(FcallError, RuntimeError):
+    """Strict, and the names are not the module's. Details: type, missing, unexpected, known."""
+
+    def describe(
+        self, module: str, missing: list[str], unexpected: list[str], known: list[str]
+    ) -> str:
+        """Return the message."""
+        lines = [f"Error(s) in reparametrizing for {module}:"]
+        if unexpected:
+            keys = ", ".join(f"{name!r}{nearest(name, known)}" for name in sorted(unexpected))
+            lines.append(f"Unexpected key(s): {keys}.")
+        if missing:
+            keys = ", ".join(repr(name) for name in sorted(missing))
+            lines.append(f"Missing key(s): {keys}.")
+        return "\n\t".join(lines)
+
+
+class MetaTensorError(FcallError, RuntimeError):
+    """A tensor on meta was left in a call with real tensors. Details: the module's type, names."""
+
+    template = (
+        "{} has tensors on the meta device that were given no value, while the call has real "
+        "tensors: {}. A meta tensor holds no numbers; give a value for each of these names."
+    )
+
+
+class NotAModuleError(FcallError, TypeError):
+    """What is called is no ``nn.Module``. Details: its type."""
+
+    template = "functional_call calls an nn.Module, but got a {}."
+
+
+class UnsupportedModuleError(FcallError, RuntimeError):
+    """The module's state cannot be substituted from Python. Details: what it is, what to do."""
+
+    template = "functional_call can't be used with {}. {}"
+
+
+class ReadOnlyMappingError(FcallError, TypeError):
+    """A reassigned tensor came in a mapping that is read-only. Details: name, mapping's type."""
+
+    template = (
+        "the module reassigned {!r}, but the mapping it came in ({}) is read-only, so the new "
+        "value cannot be written back. Pass a dict."
+    )
+
+
+class MissingValuesError(FcallError, RuntimeError):
+    """An exported graph would own state of the module. Details: the module's type, the names."""
+
+    template = (
+        "export needs a value for every parameter and buffer of {}, so that the graph's caller "
+        "gives all of them. Missing: {}. For example pass "
+        "{{**dict(module.named_parameters()), **dict(module.named_buffers()), **params}}."
+    )
+
+
+class StateChangedError(FcallError, RuntimeError):
+    """An exported module reassigns a tensor with another one. Details: name, before, after."""
+
+    template = (
+        "the module reassigns {!r}, from {} to {}. An exported graph writes new state into the "
+        "tensors it was given, so shape and dtype have to stay the same."
+    )
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return a question that proposes the nearest of ``known``, or an empty string."""
+    matches = difflib.get_close_matches(name, known, n=1)
+    return f" (did you mean {matches[0]!r}?)" if matches else ""
+
+
+def fail(error: type[FcallError], *details: Any) -> NoReturn:
+    """Raise ``error(*details)``, also out of a function that ``torch.compile`` is tracing."""
+    if torch.compiler.is_dynamo_compiling():
+        _fail_while_tracing(error, *details)
+    raise error(*details)
+
+
+@evaluated_while_tracing
+def _fail_while_tracing(error: type[FcallError], *details: Any) -> NoReturn:
+    raise _unwrapped(error)(*details)
+
+
+def _unwrapped(error: type[FcallError]) -> type[FcallError]:
+    """Return a subclass of ``error`` that leaves Dynamo as it is.
+
+    Dynamo wraps what is raised while it traces into exceptions of its own, but for a few kinds, of
+    which AssertionError is one.
+    """
+    namespace = {"__doc__": error.__doc__, "__module__": error.__module__}
+    return type(error.__name__, (error, AssertionError), namespace)
+
+
+def _named_class(error: type[FcallError]) -> type[FcallError]:
+    """Return the class of this module that ``error`` is, or was made of by :func:`_unwrapped`."""
+    return error.__mro__[1] if AssertionError in error.__bases__ else error

@@ -1,0 +1,180 @@
+"""A call of a module as a call of the operator: inputs flattened, a body made, results taken."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from fcall import _torch, errors, routes
+from fcall.substitution import (
+    Substitution,
+    put_back_rnn_lists,
+    reassigned,
+    rnn_lists,
+    stores_of,
+    swap_in,
+    swap_out,
+)
+
+if not _torch.OPERATOR_PROBLEM:
+    from fcall.operator.hop import functional_call_op
+
+__all__ = ["call", "is_recorded", "placeholder_name"]
+
+
+def is_recorded() -> bool:
+    """Whether ``make_fx(pre_dispatch=True)`` or non-strict export is recording the caller.
+
+    Inside of a transform of torch.func the operator is never recorded, for the transform has to see
+    the operations themselves.
+    """
+    if _torch.OPERATOR_PROBLEM:
+        return False
+    return _torch.pre_dispatch_proxy_mode() and not _torch.in_functorch_transform()
+
+
+def call(
+    module: nn.Module,
+    method: str | None,
+    substitution: Substitution,
+    names: tuple[str, ...],
+    values: tuple[Any, ...],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> tuple[Any, dict[int, Any]]:
+    """Call ``module`` through the operator.
+
+    The operands are ``values`` in the order of ``names``, then the tensors among the inputs, in the
+    order in which they stand in ``args`` and ``kwargs``. All else in the inputs is constant.
+
+    Args:
+        module: The module whose state is substituted.
+        method: Its method to call; ``None`` for the module itself.
+        substitution: Where the values go.
+        names: The given names.
+        values: A value for each of ``names``.
+        args: Positional arguments, nested as they come.
+        kwargs: Keyword arguments.
+
+    Returns:
+        What the module returns, and the values that it reassigned, by position in ``values``.
+    """
+    given_count = len(values)
+    if not torch.compiler.is_dynamo_compiling():
+        names, values, substitution = _with_kept(names, values, substitution)
+    target = module if method is None else getattr(module, method)
+    leaves, spec = _torch.pytree.tree_flatten((args, kwargs))
+    tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
+
+    def body(*operands: Any) -> tuple[Any, dict[int, Any]]:
+        state = operands[: len(values)]
+        inputs = list(leaves)
+        for i, operand in zip(tensors, operands[len(values) :]):
+            inputs[i] = operand
+        args, kwargs = _torch.pytree.tree_unflatten(inputs, spec)
+        originals: list[Any] = []
+        after: list[Any] = []
+        lists = rnn_lists(substitution.rnns)
+        try:
+            swap_in(substitution.entries, [state[i] for i in substitution.sources], originals)
+            out = target(*args, **kwargs)
+        finally:
+            after = swap_out(substitution.entries, originals)
+            put_back_rnn_lists(lists)
+        return out, reassigned(substitution, state, after)
+
+    operands = (*values, *[leaves[i] for i in tensors])
+    class_name = type(module).__name__
+    if torch.compiler.is_dynamo_compiling() and not _dynamo_knows_operator(class_name):
+        return body(*operands)
+    labels = (*_argument_names(type(module), method or "forward", len(args)), *kwargs)
+    input_names = _leaf_names(labels, (*args, *kwargs.values()))
+    out, changed = functional_call_op(
+        body,
+        *operands,
+        names=(*[placeholder_name(name) for name in names], *[input_names[i] for i in tensors]),
+        module=class_name,
+        stores=stores_of(substitution.entries),
+    )
+    for number in [number for number in changed if number >= given_count]:
+        store, key = substitution.entries[substitution.homes[number]]
+        store[key] = changed.pop(number)  # the module reassigned its own
+    return out, changed
+
+
+def _with_kept(
+    names: tuple[str, ...], values: tuple[Any, ...], substitution: Substitution
+) -> tuple[tuple[str, ...], tuple[Any, ...], Substitution]:
+    """Give the module its own tensors, too, where it was given no others.
+
+    Dynamo makes operands of whatever a body uses; make_fx makes constants of what is no operand.
+    """
+    names = (*names, *[name for name, _ in substitution.kept])
+    own = [store.get(key, None) for _, (store, key) in substitution.kept]
+    added = range(len(substitution.entries), len(substitution.entries) + len(own))
+    substitution = substitution._replace(
+        entries=[*substitution.entries, *[entry for _, entry in substitution.kept]],
+        sources=[*substitution.sources, *range(len(values), len(values) + len(own))],
+        homes=[*substitution.homes, *added],
+        kept=[],
+    )
+    return names, (*values, *own), substitution
+
+
+def placeholder_name(name: str) -> str:
+    """Return the name in a graph of the parameter or buffer ``name``."""
+    return "p_" + name.replace(".", "_")
+
+
+def _leaf_names(labels: Sequence[str], values: Sequence[Any]) -> list[str]:
+    """Name each leaf of the inputs after its argument, with a number where there are several."""
+    names = []
+    for label, value in zip(labels, values):
+        count = len(_torch.pytree.tree_leaves(value))
+        names += [label] if count == 1 else [f"{label}_{i}" for i in range(count)]
+    return names
+
+
+@_torch.evaluated_while_tracing
+def _argument_names(cls: type[nn.Module], method: str, count: int) -> tuple[str, ...]:
+    """Return names for ``count`` positional arguments, as the method's signature has them."""
+    parameters = list(inspect.signature(getattr(cls, method)).parameters.values())[1:]
+    names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return tuple(names[i] if i < len(names) else f"args_{i}" for i in range(count))
+
+
+@_torch.evaluated_while_tracing
+def _dynamo_knows_operator(class_name: str) -> bool:
+    """Whether Dynamo can trace the operator; it learns how at its first trace."""
+    problem = _register_with_dynamo()
+    if problem:
+        routes.record(class_name, routes.INLINED, problem)
+    return not problem
+
+
+@functools.cache
+def _register_with_dynamo() -> str:
+    """Return why it cannot be done, or an empty string. Warns, once, for it runs once."""
+    problem = _torch.OPERATOR_PROBLEM
+    if not problem:
+        try:
+            importlib.import_module("fcall.operator.dynamo")
+        except _torch.DynamoUnavailableError as error:
+            problem = str(error)
+    if not problem:
+        return ""
+    reason = f"torch {torch.__version__} lacks what the operator needs ({problem})"
+    warnings.warn(
+        f"fcall: {reason}. Calls are inlined into the compiled graph: results are the same, but "
+        "the graph does not show them as one node. fcall supports torch 2.11 to 2.15.",
+        errors.FcallWarning,
+        stacklevel=2,
+    )
+    return reason

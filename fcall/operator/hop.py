@@ -1,0 +1,102 @@
+"""The operator: its class, its one instance, and one rule for each way it can be recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Interpreter
+
+from fcall import _torch
+
+__all__ = ["functional_call_op", "name_placeholders"]
+
+
+class FunctionalCallOp(_torch.HigherOrderOperator):
+    """A call of a body with the parameters as operands.
+
+    Equivalent to::
+
+        def functional_call_op(body, *operands, names=None, module="", stores=()):
+            return body(*operands)
+
+    ``body`` returns any nest of tensors, may mutate operands, and may return operands or views of
+    them. The rest is for those who record the call, and not part of the recorded node: ``names``
+    has a placeholder's name for each operand, ``module`` is the name of the called class, and
+    ``stores`` are the dicts that the body writes to and restores.
+
+    It runs its body wherever it is not recorded as a node of a graph: in a transform of torch.func,
+    in AOTAutograd, in a backend. So transforms compose, and Inductor fuses across its border.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("fcall", cacheable=True)
+
+    def __call__(
+        self,
+        body: Callable[..., Any],
+        *operands: Any,
+        names: Sequence[str] | None = None,
+        module: str = "",
+        stores: Sequence[dict[str, Any]] = (),
+    ) -> Any:
+        if _torch.runs_pre_dispatch(self, operands) and not _torch.in_functorch_transform():
+            return super().__call__(body, *operands, names=names)
+        if isinstance(body, GraphModule) and _torch.has_preserved_node_meta():
+            return Interpreter(body).run(*operands)  # keeps the stack traces of the body's nodes
+        return body(*operands)
+
+
+functional_call_op = FunctionalCallOp()
+
+
+@functional_call_op.py_impl(_torch.ProxyTorchDispatchMode)
+def _record(
+    mode: Any, body: Callable[..., Any], *operands: Any, names: Sequence[str] | None
+) -> Any:
+    """Record one node whose body is a graph of its own, in ``make_fx(pre_dispatch=True)``."""
+    results = []
+
+    def run(*operands: Any) -> list[Any]:
+        # The body runs once, while it is recorded: running it again would mutate buffers twice.
+        results.append(body(*operands))
+        return _graph_outputs(results[-1])
+
+    graph_module = _torch.reenter_make_fx(run)(*operands)
+    if names is None:
+        assert isinstance(body, GraphModule)  # a call out of a graph that was recorded before
+        names = [node.target for node in body.graph.find_nodes(op="placeholder")]
+    name_placeholders(graph_module, names)
+    root = mode.tracer.root
+    root.register_module(mode.tracer.get_fresh_qualname("fcall_body_"), graph_module)
+    proxies = _torch.pytree.tree_map(mode.tracer.unwrap_proxy, (graph_module, *operands))
+    node = mode.tracer.create_proxy("call_function", functional_call_op, proxies, {})
+    out = results[-1]
+    _torch.track_tensor_tree(_graph_outputs(out), node, constant=None, tracer=mode.tracer)
+    return out
+
+
+def _graph_outputs(out: Any) -> list[Any]:
+    """Return what of a nest of results a graph can compute; the rest of it is constant."""
+    computed = (torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)
+    return [leaf for leaf in _torch.pytree.tree_leaves(out) if isinstance(leaf, computed)]
+
+
+@functional_call_op.py_functionalize_impl
+def _functionalize(
+    context: Any, body: Callable[..., Any], *operands: Any, names: Sequence[str] | None
+) -> Any:
+    """Pass on with plain tensors, in the functionalization of a pre-dispatch graph."""
+    plain = context.unwrap_tensors(operands)
+    with context.redispatch_to_next():
+        out = functional_call_op(context.functionalize(body), *plain, names=names)
+    return context.wrap_tensors(out)
+
+
+def name_placeholders(graph_module: GraphModule, names: Sequence[str]) -> None:
+    """Name the first placeholders of a graph, making the names unique and valid in it."""
+    graph = graph_module.graph
+    for node, name in zip(graph.find_nodes(op="placeholder"), names):
+        node.name = node.target = graph._graph_namespace.create_name(name, None)
+    graph_module.recompile()

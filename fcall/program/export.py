@@ -1,0 +1,109 @@
+"""``export``: a ``torch.export.ExportedProgram`` whose inputs are the weights, then the inputs."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from fcall import errors
+from fcall.binding import bind
+from fcall.call import Weights, call_inlined, merge
+
+__all__ = ["export"]
+
+
+def export(
+    module: nn.Module,
+    parameter_and_buffer_dicts: Weights,
+    args: Any = None,
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    dynamic_shapes: Mapping[str, Any] | tuple[Any, ...] | list[Any] | None = None,
+    tie_weights: bool = True,
+    strict: bool = False,
+    method: str | None = None,
+) -> ExportedProgram:
+    """Export a call of ``module`` with its parameters and buffers as inputs of the graph.
+
+    The program is called as ``program.module()(params, *args, **kwargs)``, with one dict that has
+    the same names as here, each value with the shape and dtype it has here. Its placeholders are
+    ``p_`` and the name for each of the weights, in their order, then the inputs. It owns no
+    parameters and no buffers; ``torch.export.save`` and ``load`` keep it as it is.
+
+    Args:
+        module: The module to export. Not changed, and not needed afterwards.
+        parameter_and_buffer_dicts: Example values for all parameters and buffers, as for
+            :func:`fcall.functional_call`; of tied names one is enough. Not mutated.
+        args: Example positional arguments: a tuple, or a single value that is not a tuple.
+        kwargs: Example keyword arguments.
+        dynamic_shapes: Which dimensions of the inputs vary, as :func:`torch.export.export` takes it
+            for the module itself: by argument name, or in the order of the arguments. The weights'
+            shapes are fixed.
+        tie_weights: As for :func:`fcall.functional_call`.
+        strict: As for :func:`fcall.functional_call`.
+        method: The method to export; ``None`` is the module itself, with its hooks.
+
+    Returns:
+        A program whose inputs are all user inputs. State that the module mutates or reassigns is
+        written into the tensors that the program is called with.
+
+    Raises:
+        MissingValuesError: a parameter or buffer has no value (a ``RuntimeError``).
+        StateChangedError: the module reassigns a tensor with one of another shape or dtype
+            (a ``RuntimeError``).
+        FcallError: those of :func:`fcall.functional_call`.
+
+    Example::
+
+        >>> program = fcall.export(model, params, (x,), dynamic_shapes=({0: Dim("batch")},))
+        >>> program.module()(other_params, x)
+    """
+    params = merge(parameter_and_buffer_dicts)
+    args = () if args is None else args if isinstance(args, tuple) else (args,)
+    binding = bind(module, tuple(params), tie_weights=tie_weights, strict=strict)
+    if binding.kept:
+        missing = ", ".join(repr(slot.name) for slot in binding.kept)
+        errors.fail(errors.MissingValuesError, type(module).__name__, missing)
+    caller = _Caller(module, method, tie_weights)
+    if isinstance(dynamic_shapes, Mapping):
+        dynamic_shapes = {caller.weights_name: dict.fromkeys(params), **dynamic_shapes}
+    elif dynamic_shapes is not None:
+        dynamic_shapes = (dict.fromkeys(params), *dynamic_shapes)
+    return torch.export.export(
+        caller, (params, *args), dict(kwargs or {}), dynamic_shapes=dynamic_shapes, strict=False
+    )
+
+
+class _Caller(nn.Module):
+    """The module as torch.export is to see it: without state, called with its weights first."""
+
+    def __init__(self, module: nn.Module, method: str | None, tie_weights: bool) -> None:
+        super().__init__()
+        inputs = list(inspect.signature(getattr(module, method or "forward")).parameters.values())
+        # torch.export names placeholders after the arguments: p["l1.weight"] becomes p_l1_weight.
+        self.weights_name = "weights" if any(i.name == "p" for i in inputs) else "p"
+        weights = inspect.Parameter(self.weights_name, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+
+        def forward(weights: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+            state = dict(weights)
+            out = call_inlined(module, state, args, kwargs, tie_weights=tie_weights, method=method)
+            for name, value in weights.items():
+                if state[name] is not value:
+                    _write_into(name, value, state[name])
+            return out
+
+        forward.__signature__ = inspect.Signature([weights, *inputs])  # type: ignore[attr-defined]
+        self.forward = forward
+
+
+def _write_into(name: str, given: Tensor, new: Tensor) -> None:
+    """Write reassigned state into the given tensor: a graph has no dict to put it in."""
+    if (given.shape, given.dtype, given.device) != (new.shape, new.dtype, new.device):
+        before, after = (f"{tuple(t.shape)} {t.dtype} on {t.device}" for t in (given, new))
+        errors.fail(errors.StateChangedError, name, before, after)
+    given.copy_(new)

@@ -1,0 +1,66 @@
+"""Which way a call took, and why: asked for with :func:`record_routes`."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from typing import NamedTuple
+
+__all__ = ["Route", "record_routes"]
+
+log = logging.getLogger("fcall")
+
+EAGER = "eager"
+OPERATOR = "operator"
+INLINED = "inlined"
+
+
+class Route(NamedTuple):
+    """The way one call took."""
+
+    module: str
+    """The class of the called module."""
+    kind: str
+    """``"eager"``: run as it is. ``"operator"``: one call of fcall's operator in a captured graph.
+    ``"inlined"``: captured, with the module's operations directly in the caller's graph."""
+    reason: str
+    """Why it was inlined; empty for the other two."""
+
+
+_recordings: list[list[Route]] = []
+
+
+@contextlib.contextmanager
+def record_routes() -> Iterator[list[Route]]:
+    """Collect the route of each call made, or traced, inside the ``with`` block.
+
+    A compiled function decides when it is traced: running it again records nothing. A function that
+    Dynamo traces more than once records each time. Inlining is also logged, to the logger
+    ``"fcall"`` at level INFO.
+
+    Yields:
+        A list that grows as calls are made, by any thread.
+
+    Example::
+
+        >>> with fcall.record_routes() as routes:
+        ...     torch.compile(lambda p, x: fcall.functional_call(model, p, x))(params, x)
+        >>> routes
+        [Route(module='Linear', kind='operator', reason='')]
+    """
+    routes: list[Route] = []
+    _recordings.append(routes)
+    try:
+        yield routes
+    finally:
+        # By identity: two recordings may be equal.
+        _recordings[:] = [other for other in _recordings if other is not routes]
+
+
+def record(module: str, kind: str, reason: str = "") -> None:
+    """Tell the recordings that a call of a ``module`` took a route."""
+    if kind == INLINED:
+        log.info("the call of %s is inlined: %s", module, reason)
+    for routes in list(_recordings):
+        routes.append(Route(module, kind, reason))

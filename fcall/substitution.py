@@ -1,0 +1,203 @@
+"""Writing values into the dicts of a live module, and taking them out again.
+
+Both routes do it: the eager one around a real call, the operator's in the body that is traced. So
+it is plain code that Dynamo can trace.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+from torch import nn
+
+from fcall.binding import ATTRIBUTE, BYPASS, Binding
+
+__all__ = [
+    "ABSENT",
+    "Entry",
+    "Store",
+    "Substitution",
+    "entry_of",
+    "put_back_rnn_lists",
+    "reassigned",
+    "rnn_lists",
+    "stores_of",
+    "substitution_of",
+    "swap_in",
+    "swap_out",
+]
+
+
+class Store(Protocol):
+    """What is written to: a dict, or what looks like one."""
+
+    def get(self, key: str, default: Any, /) -> Any: ...
+    def __setitem__(self, key: str, value: Any, /) -> None: ...
+    def __delitem__(self, key: str, /) -> None: ...
+
+
+Entry = tuple[Store, str]
+"""A store and the key in it that is written."""
+
+ABSENT: Any = object()
+"""In place of the value of an entry that is not there."""
+
+
+class Substitution(NamedTuple):
+    """What one call writes into the live module: a binding made concrete."""
+
+    entries: list[Entry]
+    """The entries to be written, each once."""
+    sources: list[int]
+    """For each entry the number of the given value that goes there."""
+    homes: list[int]
+    """For each given value the position of the entry that holds its successor after the call."""
+    same: list[list[str]]
+    """Groups of names that need one and the same value."""
+    kept: list[tuple[str, Entry]]
+    """The registered tensors that stay the module's own, by name."""
+    rnns: list[nn.RNNBase]
+    """Submodules that keep a second list of their weights."""
+
+
+def substitution_of(module: nn.Module, binding: Binding) -> Substitution:
+    """Return what ``binding`` means for the live ``module``."""
+    return Substitution(
+        entries=[entry_of(slot.owner, slot.store, slot.key) for slot in binding.slots],
+        sources=binding.sources,
+        homes=binding.homes,
+        same=binding.same,
+        kept=[(slot.name, entry_of(slot.owner, slot.store, slot.key)) for slot in binding.kept],
+        rnns=[owner for owner in module.modules() if isinstance(owner, nn.RNNBase)],
+    )
+
+
+def entry_of(owner: nn.Module, store: str, key: str) -> Entry:
+    """Return the entry that a slot stands for."""
+    if store == BYPASS:
+        return _Bypasses(owner), key
+    if store == ATTRIBUTE:
+        return _Attributes(owner), key
+    return getattr(owner, store), key
+
+
+def stores_of(entries: Iterable[Entry]) -> list[dict[str, Any]]:
+    """Return the dicts that are written to for ``entries``, some of them more than once."""
+    stores = []
+    for store, _ in entries:
+        if isinstance(store, _Bypasses):
+            stores.append(store.parametrizations)
+        elif isinstance(store, dict):
+            stores.append(store)
+    return stores
+
+
+def swap_in(entries: Iterable[Entry], values: Iterable[Any], originals: list[Any]) -> None:
+    """Write ``values`` to ``entries``, adding to ``originals`` what was there before.
+
+    When it is interrupted, ``originals`` is as long as there are entries to be put back.
+    """
+    for (store, key), value in zip(entries, values):
+        originals.append(store.get(key, ABSENT))
+        store[key] = value
+
+
+def swap_out(entries: Iterable[Entry], originals: Iterable[Any]) -> list[Any]:
+    """Put ``originals`` back and return what stood in their place, ``ABSENT`` for nothing."""
+    values = []
+    for (store, key), original in zip(entries, originals):
+        value = store.get(key, ABSENT)
+        values.append(value)
+        if original is not ABSENT:
+            store[key] = original
+        elif value is not ABSENT:
+            del store[key]
+    return values
+
+
+def rnn_lists(rnns: Iterable[nn.RNNBase]) -> list[tuple[nn.RNNBase, Any, Any]]:
+    """Return the lists in which RNNs keep their weights a second time, to be put back later.
+
+    An RNN makes them anew in a call that finds other weights, and would keep them from then on.
+    """
+    return [(rnn, rnn._flat_weights, rnn._flat_weight_refs) for rnn in rnns]
+
+
+def put_back_rnn_lists(lists: Iterable[tuple[nn.RNNBase, Any, Any]]) -> None:
+    """Undo what calls did to the lists that :func:`rnn_lists` returned."""
+    for rnn, weights, references in lists:
+        rnn._flat_weights = weights
+        rnn._flat_weight_refs = references
+
+
+def reassigned(
+    substitution: Substitution, before: Sequence[Any], after: Sequence[Any]
+) -> dict[int, Any]:
+    """Return what the module put in place of the given values, by their numbers.
+
+    Args:
+        substitution: What was written.
+        before: The given values.
+        after: What :func:`swap_out` returned; shorter than the entries if swapping in was
+            interrupted. A tensor that the module deleted has no successor.
+    """
+    changed = {}
+    for number, home in enumerate(substitution.homes):
+        if home < len(after) and after[home] is not before[number] and after[home] is not ABSENT:
+            changed[number] = after[home]
+    return changed
+
+
+class _Attributes:
+    """The plain attributes of a module, as a dict would hold them."""
+
+    def __init__(self, owner: nn.Module) -> None:
+        self.owner = owner
+
+    def get(self, key: str, default: Any) -> Any:
+        if isinstance(getattr(type(self.owner), key, None), property):
+            return getattr(self.owner, key)
+        return self.owner.__dict__.get(key, default)  # an attribute of the class is not ours
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        # Not the module's own __setattr__, which would register a Parameter.
+        object.__setattr__(self.owner, key, value)
+
+    def __delitem__(self, key: str) -> None:
+        delattr(self.owner, key)
+
+
+class _Bypasses:
+    """The parametrized tensors of a module by their plain names.
+
+    A substituted one takes the place of its parametrization as a whole, as ``torch.func`` documents
+    (it runs ``right_inverse`` instead).
+    """
+
+    def __init__(self, owner: nn.Module) -> None:
+        self.parametrizations: dict[str, Any] = owner.parametrizations._modules  # type: ignore[union-attr]
+
+    def get(self, key: str, default: Any) -> Any:
+        entry = self.parametrizations.get(key, default)
+        return entry.value if isinstance(entry, _Bypass) else entry
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self.parametrizations[key] = value if isinstance(value, nn.Module) else _Bypass(value)
+
+    def __delitem__(self, key: str) -> None:
+        del self.parametrizations[key]
+
+
+class _Bypass:
+    """Stands for the ParametrizationList of a tensor, and is the tensor."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __call__(self) -> Any:
+        return self.value
+
+    def right_inverse(self, value: Any) -> None:
+        """Take an assignment to the tensor."""
+        self.value = value
