@@ -71,7 +71,8 @@ def functional_call(
 
     Example::
 
-        >>> model = nn.Linear(3, 2)
+        >>> import fcall, torch
+        >>> model = torch.nn.Linear(3, 2)
         >>> params = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
         >>> fcall.functional_call(model, params, torch.ones(1, 3))
         tensor([[0., 0.]])

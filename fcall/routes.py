@@ -44,10 +44,13 @@ def record_routes() -> Iterator[list[Route]]:
 
     Example::
 
+        >>> import fcall, torch
+        >>> model = torch.nn.Linear(3, 2)
+        >>> params = dict(model.named_parameters())
         >>> with fcall.record_routes() as routes:
-        ...     torch.compile(lambda p, x: fcall.functional_call(model, p, x))(params, x)
+        ...     out = fcall.functional_call(model, params, torch.ones(1, 3))
         >>> routes
-        [Route(module='Linear', kind='operator', reason='')]
+        [Route(module='Linear', kind='eager', reason='')]
     """
     routes: list[Route] = []
     _recordings.append(routes)

@@ -66,8 +66,14 @@ def compile(
 
     Example::
 
+        >>> import fcall, torch
+        >>> model = torch.nn.Linear(3, 2)
         >>> f = fcall.compile(model)
-        >>> f(weights_a, x), f(weights_b, x)  # one compilation
+        >>> x = torch.ones(1, 3)
+        >>> f({"weight": torch.zeros(2, 3), "bias": torch.zeros(2)}, x)
+        tensor([[0., 0.]])
+        >>> f({"weight": torch.ones(2, 3), "bias": torch.zeros(2)}, x)  # nothing is compiled
+        tensor([[3., 3.]])
     """
     called = None if method == "forward" else method
 

@@ -60,8 +60,15 @@ def export(
 
     Example::
 
-        >>> program = fcall.export(model, params, (x,), dynamic_shapes=({0: Dim("batch")},))
-        >>> program.module()(other_params, x)
+        >>> import fcall, torch
+        >>> model = torch.nn.Linear(3, 2)
+        >>> params = dict(model.named_parameters())
+        >>> batch = torch.export.Dim("batch")
+        >>> program = fcall.export(model, params, torch.ones(4, 3), dynamic_shapes=({0: batch},))
+        >>> [node.name for node in program.graph.find_nodes(op="placeholder")]
+        ['p_weight', 'p_bias', 'input']
+        >>> program.module()({"weight": torch.ones(2, 3), "bias": torch.zeros(2)}, torch.ones(1, 3))
+        tensor([[3., 3.]])
     """
     params = merge(parameter_and_buffer_dicts)
     args = () if args is None else args if isinstance(args, tuple) else (args,)

@@ -1,0 +1,1 @@
+"""What the tests share: models, the oracle, and the check of a compiled call."""

@@ -1,0 +1,72 @@
+"""Runs the examples of README.md, docs/ and the docstrings as tests.
+
+The examples of one document share their names and run in order; a document runs in an empty folder.
+`<!-- skip: next "needs a GPU" -->` leaves one out.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from typing import Any
+
+import pytest
+import torch
+from sybil import Sybil
+from sybil.document import PythonDocStringDocument
+from sybil.integration.pytest import SybilItem
+from sybil.parsers.doctest import DocTestParser
+from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
+
+
+def _enter_document(namespace: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    folder = tempfile.TemporaryDirectory()
+    namespace["_came_from"], namespace["_folder"] = os.getcwd(), folder
+    os.chdir(folder.name)
+
+
+def _leave_document(namespace: dict[str, Any]) -> None:
+    torch.compiler.reset()
+    os.chdir(namespace["_came_from"])
+    namespace["_folder"].cleanup()
+
+
+_in_markdown = Sybil(
+    parsers=[PythonCodeBlockParser(), SkipParser()],
+    patterns=["README.md", "docs/**/*.md"],
+    setup=_enter_document,
+    teardown=_leave_document,
+)
+_in_docstrings = Sybil(
+    parsers=[DocTestParser(), PythonCodeBlockParser()],
+    patterns=["fcall/**/*.py"],
+    document_types={".py": PythonDocStringDocument},
+    setup=_enter_document,
+    teardown=_leave_document,
+)
+pytest_collect_file = (_in_markdown + _in_docstrings).pytest()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave the examples out of `make test-fast`."""
+    for item in items:
+        if isinstance(item, SybilItem):
+            item.add_marker(pytest.mark.compiled)
+            item.add_marker(pytest.mark.inductor)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Keep a document's examples with one worker; other tests go to whichever is free.
+
+    xdist's own `--dist loadgroup` does not find its groups in the ids of pytest 9.2 (xdist 3.8).
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByDocument(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            path, _, name = nodeid.partition("::")
+            return path if name.startswith("line:") else nodeid
+
+    return ByDocument(config, log) if config.getoption("dist") == "load" else None
