@@ -135,6 +135,7 @@ def dynamo() -> SimpleNamespace:
     """
     try:
         from torch._dynamo import exc
+        from torch._dynamo.guards import install_guard
         from torch._dynamo.variables import higher_order_ops
 
         return SimpleNamespace(
@@ -148,6 +149,8 @@ def dynamo() -> SimpleNamespace:
             speculate_subgraph=higher_order_ops.speculate_subgraph_with_auto_output_flattening,
             call_subgraph=higher_order_ops._call_function_with_auto_output_flattening,
             make_attr=higher_order_ops.make_attr,
+            # Adds a condition under which the compiled code holds.
+            install_guard=install_guard,
         )
     except (ImportError, AttributeError) as error:
         raise DynamoUnavailableError(str(error)) from error

@@ -4,8 +4,9 @@ A *slot* is one entry of one dict of one submodule: ``module.encoder._parameters
 names can lead to one slot (a submodule reachable by two paths), and two slots can hold one tensor
 (tied weights).
 
-Everything here is plain Python over the live module, without a cache, so that Dynamo can trace it;
-:mod:`fcall.plan` keeps the results between eager calls.
+A binding is plain data, without a reference to the module: :mod:`fcall.plan` keeps it from call to
+call, and :mod:`fcall.operator.dynamo` makes it a constant of a trace. Where neither can, Dynamo
+traces :func:`bind` itself, which is why it is simple code.
 """
 
 from __future__ import annotations
@@ -19,7 +20,16 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from fcall import errors
 
-__all__ = ["Binding", "Slot", "bind", "check_values", "is_tensor_like", "named_slots"]
+__all__ = [
+    "Binding",
+    "Slot",
+    "bind",
+    "bind_for_graph",
+    "check_values",
+    "is_tensor_like",
+    "kept_on_meta",
+    "owner_at",
+]
 
 COMPILED_PREFIX = "_orig_mod."
 """What ``torch.compile(module)`` puts before the names of the module it wraps."""
@@ -34,14 +44,17 @@ BYPASS = "parametrizations"
 class Slot(NamedTuple):
     """One entry of one dict of one submodule."""
 
-    owner: nn.Module
-    """The submodule."""
+    path: str
+    """The first path to the submodule."""
     store: str
     """Its dict: ``"_parameters"``, ``"_buffers"``, :data:`ATTRIBUTE` or :data:`BYPASS`."""
     key: str
     """The entry of the dict."""
-    name: str
-    """The first of its dotted names; tells slots apart."""
+
+    @property
+    def name(self) -> str:
+        """The first of its names; tells slots apart."""
+        return _join(self.path, self.key)
 
 
 class Binding(NamedTuple):
@@ -58,6 +71,8 @@ class Binding(NamedTuple):
     """Groups of names that need one and the same value."""
     kept: list[Slot]
     """The slots of registered tensors that stay the module's own."""
+    rnns: list[str]
+    """Paths of submodules that keep a second list of their weights."""
 
 
 def is_tensor_like(value: Any) -> bool:
@@ -65,8 +80,16 @@ def is_tensor_like(value: Any) -> bool:
     return isinstance(value, torch.Tensor) or hasattr(type(value), "__torch_function__")
 
 
-def named_slots(module: nn.Module) -> dict[str, Slot]:
-    """Return the slot of every registered tensor of ``module``, by each of its names.
+def owner_at(module: nn.Module, path: str) -> nn.Module:
+    """Return the submodule at ``path``."""
+    owner = module
+    for part in path.split(".") if path else ():
+        owner = getattr(owner, part)
+    return owner
+
+
+def _named_tensors(module: nn.Module) -> list[tuple[str, Slot, Any]]:
+    """Return name, slot and tensor of every registered tensor, once for each of its names.
 
     The order is that of ``named_parameters(remove_duplicate=False)``, then the same for buffers.
     """
@@ -74,13 +97,13 @@ def named_slots(module: nn.Module) -> dict[str, Slot]:
     owners = []
     for path, owner in module.named_modules(remove_duplicate=False):
         owners.append((path, first_paths.setdefault(_identity(owner), path), owner))
-    slots = {}
+    named = []
     for store in ("_parameters", "_buffers"):
         for path, first_path, owner in owners:
             for key, tensor in getattr(owner, store).items():
                 if tensor is not None:
-                    slots[_join(path, key)] = Slot(owner, store, key, _join(first_path, key))
-    return slots
+                    named.append((_join(path, key), Slot(first_path, store, key), tensor))
+    return named
 
 
 def bind(module: nn.Module, names: Sequence[str], *, tie_weights: bool, strict: bool) -> Binding:
@@ -97,9 +120,14 @@ def bind(module: nn.Module, names: Sequence[str], *, tie_weights: bool, strict: 
         StrictKeysError: ``strict``, and names are missing or unexpected.
         UnknownPathError: a name leads through a submodule that does not exist.
     """
-    slots = named_slots(module)
+    named = _named_tensors(module)
+    slots = {name: slot for name, slot, _ in named}
     plain = {name.replace(COMPILED_PREFIX, ""): name for name in slots}
-    group_of = _tied_names(slots) if tie_weights else {n: s.name for n, s in slots.items()}
+    if tie_weights:  # names of one tensor need one value
+        first_names: dict[Any, str] = {}
+        group_of = {n: first_names.setdefault(_identity(tensor), n) for n, _, tensor in named}
+    else:  # only names of one slot do
+        group_of = {name: slot.name for name, slot, _ in named}
 
     own_slots: list[Slot] = []
     unregistered: list[str] = []
@@ -142,7 +170,29 @@ def bind(module: nn.Module, names: Sequence[str], *, tie_weights: bool, strict: 
         homes=[position[slot.name] for slot in own_slots],
         same=[group for group in givers.values() if len(group) > 1],
         kept=list(kept.values()),
+        rnns=[path for path, owner in module.named_modules() if isinstance(owner, nn.RNNBase)],
     )
+
+
+def bind_for_graph(
+    module: nn.Module, names: Sequence[str], tie_weights: bool, strict: bool
+) -> tuple[Binding, list[str]]:
+    """Return a binding that keeps nothing, and the names of what the module keeps on meta.
+
+    In a graph a body finds by itself which of the module's own tensors it uses. To look at the
+    others would make inputs of them.
+    """
+    binding = bind(module, names, tie_weights=tie_weights, strict=strict)
+    return binding._replace(kept=[]), kept_on_meta(module, binding)
+
+
+def kept_on_meta(module: nn.Module, binding: Binding) -> list[str]:
+    """Return the names of the tensors on meta among those that stay the module's own."""
+    return [
+        slot.name
+        for slot in binding.kept
+        if getattr(owner_at(module, slot.path), slot.store)[slot.key].is_meta
+    ]
 
 
 def check_values(
@@ -178,15 +228,6 @@ def _identity(thing: Any) -> Any:
     return thing if torch.compiler.is_dynamo_compiling() else id(thing)
 
 
-def _tied_names(slots: Mapping[str, Slot]) -> dict[str, str]:
-    """Map each name to the first name of the same tensor."""
-    first_names: dict[Any, str] = {}
-    return {
-        name: first_names.setdefault(_identity(getattr(slot.owner, slot.store)[slot.key]), name)
-        for name, slot in slots.items()
-    }
-
-
 def _check_name(name: Any) -> None:
     if not isinstance(name, str) or not name or "" in name.split("."):
         errors.fail(errors.InvalidNameError, name)
@@ -194,19 +235,19 @@ def _check_name(name: Any) -> None:
 
 def _locate(module: nn.Module, name: str, known: Iterable[str]) -> Slot:
     """Find the slot of a name that no registered tensor has, as ``torch.func`` does."""
-    *path, key = name.split(".")
+    path, _, key = name.rpartition(".")
     owner = module
-    for part in path:
+    for part in path.split(".") if path else ():
         child = getattr(owner, part, None)
         if not isinstance(child, nn.Module):
             errors.fail(errors.UnknownPathError, type(module).__name__, name, list(known))
         owner = child
     if is_parametrized(owner, key):
-        return Slot(owner, BYPASS, key, name)
+        return Slot(path, BYPASS, key)
     for store in ("_parameters", "_buffers"):
         if key in getattr(owner, store):  # registered as None, such as a bias that is switched off
-            return Slot(owner, store, key, name)
+            return Slot(path, store, key)
     value = getattr(owner, key, None)
     if value is not None and not is_tensor_like(value):
         errors.fail(errors.NotATensorSlotError, name, type(module).__name__, type(value).__name__)
-    return Slot(owner, ATTRIBUTE, key, name)
+    return Slot(path, ATTRIBUTE, key)

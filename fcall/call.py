@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from fcall import _torch, eager, errors, operator, routes
-from fcall.binding import bind, check_values
+from fcall.binding import check_values
 from fcall.plan import plan_for
-from fcall.substitution import Substitution, substitution_of
+from fcall.substitution import substitution_of
 
 __all__ = ["Weights", "functional_call"]
 
@@ -119,13 +119,15 @@ def _call(
     given = merge(dicts)
     names = tuple(given)
     if tracing:
-        binding = bind(module, names, tie_weights=tie_weights, strict=strict)
+        binding, on_meta = operator.bind(module, names, tie_weights, strict)
         substitution = substitution_of(module, binding)
     else:
         substitution = plan_for(module, names, tie_weights=tie_weights, strict=strict)
+        on_meta = [name for name, (store, key) in substitution.kept if store.get(key, None).is_meta]
     check_values(module, given, substitution.same, tie_weights=tie_weights)
     values = tuple(given.values())
-    _refuse_meta(module, substitution, (values, args, kwargs))
+    if on_meta:
+        _refuse_meta(module, on_meta, (values, args, kwargs))
 
     changed: dict[int, Any] = {}
     try:
@@ -185,10 +187,8 @@ def _refuse_unsupported(module: nn.Module, method: str | None) -> None:
         errors.fail(errors.UnknownMethodError, name, method, dir(type(module)))
 
 
-def _refuse_meta(module: nn.Module, substitution: Substitution, given: Any) -> None:
+def _refuse_meta(module: nn.Module, on_meta: list[str], given: Any) -> None:
     """Refuse to mix real tensors with tensors on meta that were given no value."""
-    left = [name for name, (store, key) in substitution.kept if store.get(key, None).is_meta]
-    if left:
-        leaves = _torch.pytree.tree_leaves(given)
-        if any(isinstance(leaf, torch.Tensor) and not leaf.is_meta for leaf in leaves):
-            errors.fail(errors.MetaTensorError, type(module).__name__, left)
+    leaves = _torch.pytree.tree_leaves(given)
+    if any(isinstance(leaf, torch.Tensor) and not leaf.is_meta for leaf in leaves):
+        errors.fail(errors.MetaTensorError, type(module).__name__, on_meta)

@@ -214,12 +214,13 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def fail(error: type[FcallError], *details: Any) -> NoReturn:
     """Raise ``error(*details)``, also out of a function that ``torch.compile`` is tracing."""
     if torch.compiler.is_dynamo_compiling():
-        _fail_while_tracing(error, *details)
+        fail_while_tracing(error, *details)
     raise error(*details)
 
 
 @evaluated_while_tracing
-def _fail_while_tracing(error: type[FcallError], *details: Any) -> NoReturn:
+def fail_while_tracing(error: type[FcallError], *details: Any) -> NoReturn:
+    """Raise ``error(*details)`` in a way that Dynamo, which is running the caller, lets through."""
     raise _unwrapped(error)(*details)
 
 

@@ -19,93 +19,104 @@ from typing import Any
 
 from torch import nn
 
-from fcall.binding import ATTRIBUTE, bind
+from fcall.binding import ATTRIBUTE, Binding, bind, owner_at
 from fcall.substitution import Substitution, entry_of
 
-__all__ = ["plan_for"]
+__all__ = ["binding_for", "plan_for"]
 
 PLANS_PER_MODULE = 16
 """How many plans, each for one tuple of names, are kept for a module. The oldest goes first."""
+
+_Key = tuple[tuple[str, ...], bool, bool]
 
 
 def plan_for(
     module: nn.Module, names: Sequence[str], *, tie_weights: bool, strict: bool
 ) -> Substitution:
-    """Return the plan for giving ``names`` to ``module``; its errors are those of ``bind``."""
-    key = (tuple(names), tie_weights, strict)
-    plans = _plans_of(module)
-    plan = plans.get(key)
-    owners = plan.owners_if_unchanged() if plan is not None else None
-    if plan is None or owners is None:
-        plan = _CachedPlan(module, key)
+    """Return what giving ``names`` to ``module`` writes; the errors are those of ``bind``."""
+    plan, owners = _current_plan(module, tuple(names), tie_weights, strict)
+    return Substitution(
+        entries=[entry_of(owners[i], store, key) for i, store, key in plan.slots],
+        sources=plan.binding.sources,
+        homes=plan.binding.homes,
+        same=plan.binding.same,
+        kept=[(name, entry_of(owners[i], store, key)) for name, i, store, key in plan.kept],
+        rnns=[owners[i] for i in plan.rnns],  # type: ignore[misc]
+    )
+
+
+def binding_for(
+    module: nn.Module, names: tuple[str, ...], *, tie_weights: bool, strict: bool
+) -> Binding:
+    """Return ``bind(module, names, ...)``, resolved anew only when it has to be."""
+    return _current_plan(module, names, tie_weights, strict)[0].binding
+
+
+class _Plan:
+    """A binding, and the submodules and the structure that it was made from."""
+
+    def __init__(self, module: nn.Module, names: tuple[str, ...], ties: bool, strict: bool) -> None:
+        self.binding = bind(module, names, tie_weights=ties, strict=strict)
         owners = list(module.modules())
-        if plan.cacheable:
-            plans.pop(key, None)
-            while len(plans) >= PLANS_PER_MODULE:
-                plans.pop(next(iter(plans)))
-            plans[key] = plan
-    return plan.on(owners)
-
-
-_Key = tuple[tuple[str, ...], bool, bool]
-
-
-class _CachedPlan:
-    """A binding whose submodules are positions in a list of weak references."""
-
-    def __init__(self, module: nn.Module, key: _Key) -> None:
-        names, tie_weights, strict = key
-        binding = bind(module, names, tie_weights=tie_weights, strict=strict)
-        owners = list(module.modules())
-        index = {id(owner): i for i, owner in enumerate(owners)}
-        self.owners = [weakref.ref(owner) for owner in owners]
         self.structure = _structure(owners)
-        self.slots = [(index[id(slot.owner)], slot.store, slot.key) for slot in binding.slots]
-        self.kept = [
-            (slot.name, index[id(slot.owner)], slot.store, slot.key) for slot in binding.kept
-        ]
-        self.rnns = [i for i, owner in enumerate(owners) if isinstance(owner, nn.RNNBase)]
-        self.sources, self.homes, self.same = binding.sources, binding.homes, binding.same
+        number = {id(owner): i for i, owner in enumerate(owners)}
+        paths = {path: number[id(owner)] for path, owner in module.named_modules()}
         # Where a plain attribute is found depends on more than the structure tells.
-        self.cacheable = all(slot.store != ATTRIBUTE for slot in binding.slots)
+        self.cacheable = all(slot.store != ATTRIBUTE for slot in self.binding.slots)
+        for slot in self.binding.slots:
+            if slot.path not in paths:  # a module in a plain attribute
+                self.cacheable = False
+                paths[slot.path] = len(owners)
+                owners.append(owner_at(module, slot.path))
+        self.owners = [weakref.ref(owner) for owner in owners]
+        self.slots = [(paths[slot.path], slot.store, slot.key) for slot in self.binding.slots]
+        self.kept = [
+            (slot.name, paths[slot.path], slot.store, slot.key) for slot in self.binding.kept
+        ]
+        self.rnns = [paths[path] for path in self.binding.rnns]
 
-    def owners_if_unchanged(self) -> list[nn.Module] | None:
-        """Return the submodules if the module is built as it was, else None."""
-        owners = []
-        for reference in self.owners:
-            owner = reference()
-            if owner is None:
-                return None
-            owners.append(owner)
-        return owners if _structure(owners) == self.structure else None
+    def live_owners(self) -> list[nn.Module]:
+        """Return the submodules that are still there."""
+        return [owner for reference in self.owners if (owner := reference()) is not None]
 
-    def on(self, owners: list[nn.Module]) -> Substitution:
-        """Return the plan for the live ``owners``."""
-        return Substitution(
-            entries=[entry_of(owners[i], store, key) for i, store, key in self.slots],
-            sources=self.sources,
-            homes=self.homes,
-            same=self.same,
-            kept=[(name, entry_of(owners[i], store, key)) for name, i, store, key in self.kept],
-            rnns=[owners[i] for i in self.rnns],  # type: ignore[misc]
-        )
+
+def _current_plan(
+    module: nn.Module, names: tuple[str, ...], tie_weights: bool, strict: bool
+) -> tuple[_Plan, list[nn.Module]]:
+    plans = _plans_of(module)
+    key = (names, tie_weights, strict)
+    plan = plans.get(key)
+    if plan is not None:
+        owners = plan.live_owners()
+        if len(owners) == len(plan.owners) and _structure(owners) == plan.structure:
+            return plan, owners
+    plan = _Plan(module, names, tie_weights, strict)
+    if plan.cacheable:
+        plans.pop(key, None)  # so that the newest is last
+        while len(plans) >= PLANS_PER_MODULE:
+            plans.pop(next(iter(plans)))
+        plans[key] = plan
+    return plan, plan.live_owners()
 
 
 def _structure(owners: list[nn.Module]) -> list[Any]:
     """Return names and identities of all that ``owners`` hold; equal lists mean equal structure."""
     structure: list[Any] = []
     for owner in owners:
-        for entries in (owner._parameters, owner._buffers, owner._modules):
-            structure.append(len(entries))  # tells where one dict ends and the next begins
-            structure.extend(entries)
-            structure.extend(map(id, entries.values()))
+        parameters, buffers, modules = owner._parameters, owner._buffers, owner._modules
+        # The lengths tell where the entries of one dict end and those of the next begin.
+        structure.append((len(parameters), len(buffers), len(modules)))
+        for entries in (parameters, buffers, modules):
+            if entries:
+                structure.extend(entries.keys())  # scripted modules' dicts have no iterator
+                structure.extend(map(id, entries.values()))
     return structure
 
 
-_plans: dict[int, tuple[weakref.ref[nn.Module], dict[_Key, _CachedPlan]]] = {}
+_plans: dict[int, tuple[weakref.ref[nn.Module], dict[_Key, _Plan]]] = {}
 
 
-def _plans_of(module: nn.Module) -> dict[_Key, _CachedPlan]:
+def _plans_of(module: nn.Module) -> dict[_Key, _Plan]:
     """Return the plans kept for ``module``; they go when it does."""
     # By id and not in a WeakKeyDictionary, since a module may define what it equals.
     number = id(module)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import nn
 
-from fcall.binding import ATTRIBUTE, BYPASS, Binding
+from fcall.binding import ATTRIBUTE, BYPASS, Binding, owner_at
 
 __all__ = [
     "ABSENT",
@@ -63,13 +63,19 @@ class Substitution(NamedTuple):
 
 def substitution_of(module: nn.Module, binding: Binding) -> Substitution:
     """Return what ``binding`` means for the live ``module``."""
+    owners: dict[str, nn.Module] = {}
+    for path, _, _ in (*binding.slots, *binding.kept):
+        if path not in owners:
+            owners[path] = owner_at(module, path)
     return Substitution(
-        entries=[entry_of(slot.owner, slot.store, slot.key) for slot in binding.slots],
+        entries=[entry_of(owners[path], store, key) for path, store, key in binding.slots],
         sources=binding.sources,
         homes=binding.homes,
         same=binding.same,
-        kept=[(slot.name, entry_of(slot.owner, slot.store, slot.key)) for slot in binding.kept],
-        rnns=[owner for owner in module.modules() if isinstance(owner, nn.RNNBase)],
+        kept=[
+            (slot.name, entry_of(owners[slot.path], slot.store, slot.key)) for slot in binding.kept
+        ],
+        rnns=[owner_at(module, path) for path in binding.rnns],  # type: ignore[misc]
     )
 
 
@@ -79,7 +85,8 @@ def entry_of(owner: nn.Module, store: str, key: str) -> Entry:
         return _Bypasses(owner), key
     if store == ATTRIBUTE:
         return _Attributes(owner), key
-    return getattr(owner, store), key
+    entries = getattr(owner, store)
+    return entries if isinstance(entries, dict) else _ScriptedDict(entries), key
 
 
 def stores_of(entries: Iterable[Entry]) -> list[dict[str, Any]]:
@@ -103,15 +110,15 @@ def swap_in(entries: Iterable[Entry], values: Iterable[Any], originals: list[Any
         store[key] = value
 
 
-def swap_out(entries: Iterable[Entry], originals: Iterable[Any]) -> list[Any]:
+def swap_out(entries: Sequence[Entry], originals: Sequence[Any]) -> list[Any]:
     """Put ``originals`` back and return what stood in their place, ``ABSENT`` for nothing."""
-    values = []
-    for (store, key), original in zip(entries, originals):
-        value = store.get(key, ABSENT)
-        values.append(value)
-        if original is not ABSENT:
-            store[key] = original
-        elif value is not ABSENT:
+    values: list[Any] = [ABSENT] * len(originals)
+    for i in reversed(range(len(originals))):  # two entries may be one: the first has its original
+        store, key = entries[i]
+        values[i] = store.get(key, ABSENT)
+        if originals[i] is not ABSENT:
+            store[key] = originals[i]
+        elif values[i] is not ABSENT:
             del store[key]
     return values
 
@@ -147,6 +154,22 @@ def reassigned(
         if home < len(after) and after[home] is not before[number] and after[home] is not ABSENT:
             changed[number] = after[home]
     return changed
+
+
+class _ScriptedDict:
+    """The parameters or buffers of a scripted submodule, which torch wraps in what is no dict."""
+
+    def __init__(self, entries: Any) -> None:
+        self.entries = entries
+
+    def get(self, key: str, default: Any) -> Any:
+        return self.entries[key] if key in self.entries else default  # noqa: SIM401, it has no get
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self.entries[key] = value
+
+    def __delitem__(self, key: str) -> None:
+        del self.entries[key]
 
 
 class _Attributes:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from fcall import _torch, errors, routes
+from fcall.binding import Binding, bind_for_graph
 from fcall.substitution import (
     Substitution,
     put_back_rnn_lists,
@@ -24,9 +25,9 @@ from fcall.substitution import (
 )
 
 if not _torch.OPERATOR_PROBLEM:
-    from fcall.operator.hop import functional_call_op
+    from fcall.operator.hop import bind_op, functional_call_op
 
-__all__ = ["call", "is_recorded", "placeholder_name"]
+__all__ = ["bind", "call", "is_recorded", "placeholder_name"]
 
 
 def is_recorded() -> bool:
@@ -38,6 +39,15 @@ def is_recorded() -> bool:
     if _torch.OPERATOR_PROBLEM:
         return False
     return _torch.pre_dispatch_proxy_mode() and not _torch.in_functorch_transform()
+
+
+def bind(
+    module: nn.Module, names: tuple[str, ...], tie_weights: bool, strict: bool
+) -> tuple[Binding, list[str]]:
+    """Do what :func:`fcall.binding.bind_for_graph` does, in a trace."""
+    if _problem_with_dynamo():
+        return bind_for_graph(module, names, tie_weights, strict)
+    return bind_op(bind_for_graph, module, names, tie_weights, strict)  # type: ignore[no-any-return]
 
 
 def call(
@@ -92,7 +102,8 @@ def call(
 
     operands = (*values, *[leaves[i] for i in tensors])
     class_name = type(module).__name__
-    if torch.compiler.is_dynamo_compiling() and not _dynamo_knows_operator(class_name):
+    if torch.compiler.is_dynamo_compiling() and _problem_with_dynamo():
+        _record_inlined(class_name)
         return body(*operands)
     labels = (*_argument_names(type(module), method or "forward", len(args)), *kwargs)
     input_names = _leaf_names(labels, (*args, *kwargs.values()))
@@ -151,17 +162,19 @@ def _argument_names(cls: type[nn.Module], method: str, count: int) -> tuple[str,
 
 
 @_torch.evaluated_while_tracing
-def _dynamo_knows_operator(class_name: str) -> bool:
-    """Whether Dynamo can trace the operator; it learns how at its first trace."""
-    problem = _register_with_dynamo()
-    if problem:
-        routes.record(class_name, routes.INLINED, problem)
-    return not problem
+def _problem_with_dynamo() -> str:
+    """Return why Dynamo cannot trace the operators, or nothing. It learns to at the first trace."""
+    return _register_with_dynamo()
+
+
+@_torch.evaluated_while_tracing
+def _record_inlined(class_name: str) -> None:
+    routes.record(class_name, routes.INLINED, _register_with_dynamo())
 
 
 @functools.cache
 def _register_with_dynamo() -> str:
-    """Return why it cannot be done, or an empty string. Warns, once, for it runs once."""
+    # Warns once, for it runs once.
     problem = _torch.OPERATOR_PROBLEM
     if not problem:
         try:

@@ -1,15 +1,19 @@
-"""How Dynamo traces the operator. Imported at the first trace, since it needs all of Dynamo."""
+"""How Dynamo traces the operators. Imported at the first trace, since it needs all of Dynamo."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+from torch import nn
 from torch.fx import GraphModule, Node
 
-from fcall import _torch, routes
-from fcall.operator.hop import functional_call_op, name_placeholders
+from fcall import _torch, errors, routes
+from fcall.binding import Binding, kept_on_meta
+from fcall.operator.hop import bind_op, functional_call_op, name_placeholders
+from fcall.plan import binding_for
 
-__all__ = ["FunctionalCallVariable"]
+__all__ = ["BindVariable", "FunctionalCallVariable"]
 
 dynamo = _torch.dynamo()
 _Variable: Any = dynamo.TorchHigherOrderOperatorVariable
@@ -70,6 +74,65 @@ class FunctionalCallVariable(_Variable):
         return dynamo.call_subgraph(
             tx, self.value, operands_in_graph, {}, examples, out, graph_outputs
         )
+
+
+class BindVariable(_Variable):
+    """Resolves names while tracing, on the live module, and guards that the result stays the same.
+
+    To trace :func:`fcall.binding.bind` would take long, and would make inputs of all tensors of the
+    module: replacing one would compile anew, and so would giving the module's own tensors in one
+    call, but not in the next.
+    """
+
+    _HOP_NAME = "fcall_bind"
+
+    def call_function(self, tx: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
+        """Trace ``bind_op(bind, module, names, tie_weights, strict)``."""
+        bind, module, *rest = [arg.realize() for arg in args]
+        live = getattr(module, "value", None)
+        if not isinstance(live, nn.Module) or module.source is None or _written(tx, live):
+            # The trace knows a state of the module that the live one is not in.
+            return bind.call_function(tx, [module, *rest], {})
+        names, tie_weights, strict = (arg.as_python_constant() for arg in rest)
+
+        def resolve(module: nn.Module) -> Binding:
+            return binding_for(module, names, tie_weights=tie_weights, strict=strict)
+
+        try:
+            binding = resolve(live)
+        except errors.FcallError as error:
+            errors.fail_while_tracing(type(error), *error.details)
+
+        def same_binding(module: nn.Module) -> bool:
+            try:
+                return resolve(module) == binding
+            except errors.FcallError:
+                return False  # to be traced again, which raises it
+
+        dynamo.install_guard(module.source.make_guard(_lambda_guard(same_binding)))
+        result = (binding._replace(kept=[]), kept_on_meta(live, binding))
+        return _Variable.build(tx, result)
+
+
+def _written(tx: Any, module: nn.Module) -> bool:
+    """Whether the traced code has replaced parts of ``module``, or is in a call that does."""
+    effects = tx.output.side_effects
+    for owner in module.modules():
+        for store in (owner._parameters, owner._buffers, owner._modules):
+            if store in effects:
+                known = effects[store]
+                ignored = effects.ignore_mutation_on_these_variables
+                if known in ignored or effects.is_modified(known):
+                    return True
+    return False
+
+
+def _lambda_guard(check: Callable[[Any], bool]) -> Callable[[Any, Any], None]:
+    def create(builder: Any, guard: Any) -> None:
+        manager = builder.get_guard_manager(guard)
+        manager.add_lambda_guard(check, ["fcall: names lead to the same slots"], guard.user_stack)
+
+    return create
 
 
 class _NotCapturableError(Exception):
@@ -144,3 +207,4 @@ def _record_when_done(tx: Any, module: str, kind: str, reason: str = "") -> None
 
 
 dynamo.variable_classes[functional_call_op.__name__] = FunctionalCallVariable
+dynamo.variable_classes[bind_op.__name__] = BindVariable

@@ -1,4 +1,4 @@
-"""The operator: its class, its one instance, and one rule for each way it can be recorded."""
+"""The operators: a class and one instance each, and a rule for each way a call is recorded."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.fx import GraphModule, Interpreter
 
 from fcall import _torch
 
-__all__ = ["functional_call_op", "name_placeholders"]
+__all__ = ["bind_op", "functional_call_op", "name_placeholders"]
 
 
 class FunctionalCallOp(_torch.HigherOrderOperator):
@@ -48,7 +48,24 @@ class FunctionalCallOp(_torch.HigherOrderOperator):
         return body(*operands)
 
 
+class BindOp(_torch.HigherOrderOperator):
+    """The resolving of names, which Dynamo does not trace but does, with a guard on the result.
+
+    Equivalent to::
+
+        def bind_op(bind, *args):
+            return bind(*args)
+    """
+
+    def __init__(self) -> None:
+        super().__init__("fcall_bind")
+
+    def __call__(self, bind: Callable[..., Any], *args: Any) -> Any:
+        return bind(*args)
+
+
 functional_call_op = FunctionalCallOp()
+bind_op = BindOp()
 
 
 @functional_call_op.py_impl(_torch.ProxyTorchDispatchMode)

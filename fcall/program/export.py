@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from fcall import errors
-from fcall.binding import bind
 from fcall.call import Weights, call_inlined, merge
+from fcall.plan import binding_for
 
 __all__ = ["export"]
 
@@ -72,7 +72,7 @@ def export(
     """
     params = merge(parameter_and_buffer_dicts)
     args = () if args is None else args if isinstance(args, tuple) else (args,)
-    binding = bind(module, tuple(params), tie_weights=tie_weights, strict=strict)
+    binding = binding_for(module, tuple(params), tie_weights=tie_weights, strict=strict)
     if binding.kept:
         missing = ", ".join(repr(slot.name) for slot in binding.kept)
         errors.fail(errors.MissingValuesError, type(module).__name__, missing)
