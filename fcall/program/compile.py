@@ -47,8 +47,8 @@ def compile(
 ) -> CompiledCall:
     """Compile ``module`` as a function of its parameters and buffers.
 
-    The weights are inputs of the compiled graph. Calling it with other values of the same names,
-    shapes and dtypes compiles nothing.
+    The weights are inputs of the compiled graph: a call with other values compiles nothing, if
+    names and their order, shapes, dtypes, and the kinds of tensors and mappings are the same.
 
     Args:
         module: The module. It is not changed, and kept alive by what is returned.

@@ -31,9 +31,9 @@ def export(
     """Export a call of ``module`` with its parameters and buffers as inputs of the graph.
 
     The program is called as ``program.module()(params, *args, **kwargs)``, with one dict that has
-    the same names as here, each value with the shape and dtype it has here. Its placeholders are
-    ``p_`` and the name for each of the weights, in their order, then the inputs. It owns no
-    parameters and no buffers; ``torch.export.save`` and ``load`` keep it as it is.
+    the same names as here, in the same order, each value with the shape and dtype it has here. Its
+    placeholders are ``p_`` and the name for each of the weights, then the inputs. It owns no
+    parameters and no buffers. ``torch.export.save`` keeps it as it is, its example inputs included.
 
     Args:
         module: The module to export. Not changed, and not needed afterwards.

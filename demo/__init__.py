@@ -1,0 +1,1 @@
+"""A pretrained sentence encoder as a function of its weights: `python -m demo`."""
