@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import functools
-import importlib
-import inspect
-import warnings
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from fcall import _torch, errors, routes
+from fcall import _torch, routes
 from fcall.binding import Binding, bind_for_graph
+from fcall.operator.names import input_names, placeholder_name
+from fcall.operator.register import problem_with_dynamo
 from fcall.substitution import (
     Substitution,
     put_back_rnn_lists,
@@ -27,7 +24,7 @@ from fcall.substitution import (
 if not _torch.OPERATOR_PROBLEM:
     from fcall.operator.hop import bind_op, functional_call_op
 
-__all__ = ["bind", "call", "is_recorded", "placeholder_name"]
+__all__ = ["bind", "call", "is_recorded"]
 
 
 def is_recorded() -> bool:
@@ -45,7 +42,7 @@ def bind(
     module: nn.Module, names: tuple[str, ...], tie_weights: bool, strict: bool
 ) -> tuple[Binding, list[str]]:
     """Do what :func:`fcall.binding.bind_for_graph` does, in a trace."""
-    if _problem_with_dynamo():
+    if problem_with_dynamo():
         return bind_for_graph(module, names, tie_weights, strict)
     return bind_op(bind_for_graph, module, names, tie_weights, strict)  # type: ignore[no-any-return]
 
@@ -102,15 +99,14 @@ def call(
 
     operands = (*values, *[leaves[i] for i in tensors])
     class_name = type(module).__name__
-    if torch.compiler.is_dynamo_compiling() and _problem_with_dynamo():
+    if torch.compiler.is_dynamo_compiling() and problem_with_dynamo():
         _record_inlined(class_name)
         return body(*operands)
-    labels = (*_argument_names(type(module), method or "forward", len(args)), *kwargs)
-    input_names = _leaf_names(labels, (*args, *kwargs.values()))
+    names_of_inputs = input_names(module, method, args, kwargs)
     out, changed = functional_call_op(
         body,
         *operands,
-        names=(*[placeholder_name(name) for name in names], *[input_names[i] for i in tensors]),
+        names=(*[placeholder_name(name) for name in names], *[names_of_inputs[i] for i in tensors]),
         module=class_name,
         stores=stores_of(substitution.entries),
     )
@@ -139,55 +135,6 @@ def _with_kept(
     return names, (*values, *own), substitution
 
 
-def placeholder_name(name: str) -> str:
-    """Return the name in a graph of the parameter or buffer ``name``."""
-    return "p_" + name.replace(".", "_")
-
-
-def _leaf_names(labels: Sequence[str], values: Sequence[Any]) -> list[str]:
-    """Name each leaf of the inputs after its argument, with a number where there are several."""
-    names = []
-    for label, value in zip(labels, values):
-        count = len(_torch.pytree.tree_leaves(value))
-        names += [label] if count == 1 else [f"{label}_{i}" for i in range(count)]
-    return names
-
-
-@_torch.evaluated_while_tracing
-def _argument_names(cls: type[nn.Module], method: str, count: int) -> tuple[str, ...]:
-    """Return names for ``count`` positional arguments, as the method's signature has them."""
-    parameters = list(inspect.signature(getattr(cls, method)).parameters.values())[1:]
-    names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    return tuple(names[i] if i < len(names) else f"args_{i}" for i in range(count))
-
-
-@_torch.evaluated_while_tracing
-def _problem_with_dynamo() -> str:
-    """Return why Dynamo cannot trace the operators, or nothing. It learns to at the first trace."""
-    return _register_with_dynamo()
-
-
 @_torch.evaluated_while_tracing
 def _record_inlined(class_name: str) -> None:
-    routes.record(class_name, routes.INLINED, _register_with_dynamo())
-
-
-@functools.cache
-def _register_with_dynamo() -> str:
-    # Warns once, for it runs once.
-    problem = _torch.OPERATOR_PROBLEM
-    if not problem:
-        try:
-            importlib.import_module("fcall.operator.dynamo")
-        except _torch.DynamoUnavailableError as error:
-            problem = str(error)
-    if not problem:
-        return ""
-    reason = f"torch {torch.__version__} lacks what the operator needs ({problem})"
-    warnings.warn(
-        f"fcall: {reason}. Calls are inlined into the compiled graph: results are the same, but "
-        "the graph does not show them as one node. fcall supports torch 2.11 to 2.15.",
-        errors.FcallWarning,
-        stacklevel=2,
-    )
-    return reason
+    routes.record(class_name, routes.INLINED, problem_with_dynamo())
