@@ -8,12 +8,14 @@ at the first trace, since importing ``torch._dynamo`` takes longer than the rest
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import torch
+from torch.nn.utils import parametrize
 
 # Flattening of nested arguments. Goes when the public torch.utils.pytree has its functions.
 from torch.utils import _pytree as pytree
@@ -33,6 +35,7 @@ __all__ = [
     "pytree",
     "reenter_make_fx",
     "runs_pre_dispatch",
+    "separate_parametrization_cache",
     "track_tensor_tree",
 ]
 
@@ -100,6 +103,24 @@ def frame_not_traced_first(fn: F) -> F:
     except AttributeError:
         pass
     return fn
+
+
+@contextlib.contextmanager
+def separate_parametrization_cache() -> Iterator[None]:
+    """Keep what a call computes apart from what ``parametrize.cached()`` has outside of it.
+
+    The cache knows a tensor by its module and name, whatever the weights. Where torch keeps it
+    otherwise some day, this does nothing.
+    """
+    outside = getattr(parametrize, "_cache", None)
+    if not outside and not getattr(parametrize, "_cache_enabled", 0):
+        yield
+        return
+    parametrize._cache = {}
+    try:
+        yield
+    finally:
+        parametrize._cache = outside  # type: ignore[assignment]
 
 
 class DynamoUnavailableError(Exception):

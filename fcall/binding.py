@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.nn.utils.parametrize import is_parametrized
 
 from fcall import errors
@@ -31,8 +32,8 @@ __all__ = [
     "owner_at",
 ]
 
-COMPILED_PREFIX = "_orig_mod."
-"""What ``torch.compile(module)`` puts before the names of the module it wraps."""
+COMPILED_PART = "_orig_mod"
+"""The attribute in which ``torch.compile(module)`` keeps the module it wraps."""
 
 ATTRIBUTE = "attribute"
 """Store of a tensor that is no parameter or buffer but a plain attribute, existing or not."""
@@ -88,22 +89,31 @@ def owner_at(module: nn.Module, path: str) -> nn.Module:
     return owner
 
 
-def _named_tensors(module: nn.Module) -> list[tuple[str, Slot, Any]]:
+def _named_tensors(
+    owners: Iterable[tuple[str, nn.Module]], first_paths: Mapping[Any, str]
+) -> list[tuple[str, Slot, Any]]:
     """Return name, slot and tensor of every registered tensor, once for each of its names.
 
     The order is that of ``named_parameters(remove_duplicate=False)``, then the same for buffers.
     """
-    first_paths: dict[Any, str] = {}
-    owners = []
-    for path, owner in module.named_modules(remove_duplicate=False):
-        owners.append((path, first_paths.setdefault(_identity(owner), path), owner))
     named = []
     for store in ("_parameters", "_buffers"):
-        for path, first_path, owner in owners:
+        for path, owner in owners:
             for key, tensor in getattr(owner, store).items():
                 if tensor is not None:
-                    named.append((_join(path, key), Slot(first_path, store, key), tensor))
+                    slot = Slot(first_paths[_identity(owner)], store, key)
+                    named.append((_join(path, key), slot, tensor))
     return named
+
+
+def _walk(
+    module: nn.Module, path: str, above: list[nn.Module], found: list[tuple[str, nn.Module]]
+) -> None:
+    """Add to ``found`` each path to each submodule, round no circle more than once."""
+    found.append((path, module))
+    for key, child in module._modules.items():
+        if child is not None and not any(child is module for module in (*above, module)):
+            _walk(child, _join(path, key), [*above, module], found)
 
 
 def bind(module: nn.Module, names: Sequence[str], *, tie_weights: bool, strict: bool) -> Binding:
@@ -120,9 +130,14 @@ def bind(module: nn.Module, names: Sequence[str], *, tie_weights: bool, strict: 
         StrictKeysError: ``strict``, and names are missing or unexpected.
         UnknownPathError: a name leads through a submodule that does not exist.
     """
-    named = _named_tensors(module)
+    owners: list[tuple[str, nn.Module]] = []
+    _walk(module, "", [], owners)
+    first_paths: dict[Any, str] = {}
+    for path, owner in owners:
+        first_paths.setdefault(_identity(owner), path)
+    named = _named_tensors(owners, first_paths)
     slots = {name: slot for name, slot, _ in named}
-    plain = {name.replace(COMPILED_PREFIX, ""): name for name in slots}
+    plain = {_without_compiled(name): name for name in slots}
     if tie_weights:  # names of one tensor need one value
         first_names: dict[Any, str] = {}
         group_of = {n: first_names.setdefault(_identity(tensor), n) for n, _, tensor in named}
@@ -130,23 +145,34 @@ def bind(module: nn.Module, names: Sequence[str], *, tie_weights: bool, strict: 
         group_of = {name: slot.name for name, slot, _ in named}
 
     own_slots: list[Slot] = []
-    unregistered: list[str] = []
+    unexpected: list[str] = []
     givers: dict[str, list[str]] = {}
     for name in names:
         _check_name(name)
-        registered = name if name in slots else plain.get(name.replace(COMPILED_PREFIX, ""))
-        if registered is None:
-            unregistered.append(name)
-            if not strict:
-                own_slots.append(_locate(module, name, slots))
+        registered = name if name in slots else plain.get(_without_compiled(name))
+        if registered is not None:
+            slot = slots[registered]
         else:
-            givers.setdefault(group_of[registered], []).append(name)
-            own_slots.append(slots[registered])
+            unexpected.append(name)
+            if strict:
+                continue
+            slot = _locate(module, name, slots, first_paths)
+        givers.setdefault(group_of.get(slot.name, slot.name), []).append(name)
+        own_slots.append(slot)
     if strict:
         missing = [name for name in slots if group_of[name] not in givers]
-        if missing or unregistered:
+        if missing or unexpected:
             type_name = type(module).__name__
-            errors.fail(errors.StrictKeysError, type_name, missing, unregistered, list(slots))
+            errors.fail(errors.StrictKeysError, type_name, missing, unexpected, list(slots))
+
+    uninitialized = [
+        name
+        for name, _, tensor in named
+        if group_of[name] in givers
+        and isinstance(tensor, (UninitializedParameter, UninitializedBuffer))
+    ]
+    if uninitialized:
+        errors.fail(errors.LazyModuleError, type(module).__name__, uninitialized)
 
     number = {name: i for i, name in enumerate(names)}
     written: dict[str, Slot] = {}
@@ -164,12 +190,13 @@ def bind(module: nn.Module, names: Sequence[str], *, tie_weights: bool, strict: 
             written[slot.name] = slot
             sources.append(number[name])
     position = {name: i for i, name in enumerate(written)}
+    bypassed = [f"{s.path}.{BYPASS}.{s.key}".lstrip(".") for s in own_slots if s.store == BYPASS]
     return Binding(
         slots=list(written.values()),
         sources=sources,
         homes=[position[slot.name] for slot in own_slots],
         same=[group for group in givers.values() if len(group) > 1],
-        kept=list(kept.values()),
+        kept=[slot for slot in kept.values() if slot.path not in bypassed],
         rnns=[path for path, owner in module.named_modules() if isinstance(owner, nn.RNNBase)],
     )
 
@@ -223,6 +250,10 @@ def _join(path: str, key: str) -> str:
     return f"{path}.{key}" if path else key
 
 
+def _without_compiled(name: str) -> str:
+    return ".".join([part for part in name.split(".") if part != COMPILED_PART])
+
+
 def _identity(thing: Any) -> Any:
     # Dynamo has no id() of what it traces, but compares keys of a dict by identity.
     return thing if torch.compiler.is_dynamo_compiling() else id(thing)
@@ -233,21 +264,29 @@ def _check_name(name: Any) -> None:
         errors.fail(errors.InvalidNameError, name)
 
 
-def _locate(module: nn.Module, name: str, known: Iterable[str]) -> Slot:
+def _locate(
+    module: nn.Module, name: str, known: Iterable[str], first_paths: Mapping[Any, str]
+) -> Slot:
     """Find the slot of a name that no registered tensor has, as ``torch.func`` does."""
     path, _, key = name.rpartition(".")
-    owner = module
+    owner: Any = module
     for part in path.split(".") if path else ():
-        child = getattr(owner, part, None)
-        if not isinstance(child, nn.Module):
+        if not hasattr(owner, part):
             errors.fail(errors.UnknownPathError, type(module).__name__, name, list(known))
-        owner = child
+        owner = getattr(owner, part)
+        if not isinstance(owner, nn.Module):
+            kind = type(owner).__name__
+            errors.fail(errors.PathThroughValueError, type(module).__name__, name, part, kind)
+    path = first_paths.get(_identity(owner), path)
     if is_parametrized(owner, key):
         return Slot(path, BYPASS, key)
     for store in ("_parameters", "_buffers"):
-        if key in getattr(owner, store):  # registered as None, such as a bias that is switched off
+        if key in getattr(owner, store):  # is None, or the path is not a registered one
             return Slot(path, store, key)
     value = getattr(owner, key, None)
     if value is not None and not is_tensor_like(value):
         errors.fail(errors.NotATensorSlotError, name, type(module).__name__, type(value).__name__)
+    of_class = getattr(type(owner), key, None)
+    if isinstance(of_class, property) and of_class.fset is None:
+        errors.fail(errors.ReadOnlyAttributeError, name, type(owner).__name__)
     return Slot(path, ATTRIBUTE, key)

@@ -191,4 +191,4 @@ def _refuse_meta(module: nn.Module, on_meta: list[str], given: Any) -> None:
     """Refuse to mix real tensors with tensors on meta that were given no value."""
     leaves = _torch.pytree.tree_leaves(given)
     if any(isinstance(leaf, torch.Tensor) and not leaf.is_meta for leaf in leaves):
-        errors.fail(errors.MetaTensorError, type(module).__name__, on_meta)
+        errors.fail(errors.MetaTensorError, type(module).__name__, sorted(on_meta))

@@ -21,11 +21,14 @@ __all__ = [
     "FcallWarning",
     "InvalidDictsError",
     "InvalidNameError",
+    "LazyModuleError",
     "MetaTensorError",
     "MissingValuesError",
     "NotAModuleError",
     "NotATensorError",
     "NotATensorSlotError",
+    "PathThroughValueError",
+    "ReadOnlyAttributeError",
     "ReadOnlyMappingError",
     "SharedSlotError",
     "StateChangedError",
@@ -110,6 +113,31 @@ class UnknownPathError(FcallError, AttributeError):
     def describe(self, module: str, name: str, known: list[str]) -> str:
         """Return the message."""
         return f"{module} has no submodule to which the key {name!r} leads{nearest(name, known)}."
+
+
+class PathThroughValueError(FcallError, TypeError):
+    """A key leads through what is no submodule. Details: the module's type, the key, part, type."""
+
+    template = (
+        "the key {1!r} leads through {2!r}, which in {0} is no submodule but a {3}. Names are "
+        "those of module.named_parameters() and named_buffers()."
+    )
+
+
+class ReadOnlyAttributeError(FcallError, AttributeError):
+    """A key names a property without a setter. Details: the key, the owner's type."""
+
+    template = "can't set {!r}: it is a property of {} without a setter, and no tensor of its own."
+
+
+class LazyModuleError(FcallError, RuntimeError):
+    """A lazy module was given values for what it has not made yet. Details: the type, the names."""
+
+    template = (
+        "{} has lazy modules whose parameters are not made yet: {}. Called with values for them, "
+        "they would turn into plain modules without parameters. Call the module once as it is, "
+        "with an input of the right shape, and then functionally."
+    )
 
 
 class UnknownMethodError(FcallError, AttributeError):

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from torch import nn
+from torch.nn.utils import parametrize
 
 from fcall.binding import ATTRIBUTE, BYPASS, Binding, owner_at
 
@@ -181,14 +182,23 @@ class _Attributes:
     def get(self, key: str, default: Any) -> Any:
         if isinstance(getattr(type(self.owner), key, None), property):
             return getattr(self.owner, key)
-        return self.owner.__dict__.get(key, default)  # an attribute of the class is not ours
+        for entries in (self.owner.__dict__, *self._registered()):
+            if key in entries:
+                return entries[key]
+        return default  # an attribute of the class is not the module's own
 
     def __setitem__(self, key: str, value: Any) -> None:
+        for entries in self._registered():
+            if key in entries:  # the module assigned a Parameter to it
+                del entries[key]
         # Not the module's own __setattr__, which would register a Parameter.
         object.__setattr__(self.owner, key, value)
 
     def __delitem__(self, key: str) -> None:
         delattr(self.owner, key)
+
+    def _registered(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        return self.owner._parameters, self.owner._buffers
 
 
 class _Bypasses:
@@ -206,21 +216,23 @@ class _Bypasses:
         return entry.value if isinstance(entry, _Bypass) else entry
 
     def __setitem__(self, key: str, value: Any) -> None:
-        self.parametrizations[key] = value if isinstance(value, nn.Module) else _Bypass(value)
+        is_original = isinstance(value, parametrize.ParametrizationList)
+        self.parametrizations[key] = value if is_original else _Bypass(value)
 
     def __delitem__(self, key: str) -> None:
         del self.parametrizations[key]
 
 
-class _Bypass:
+class _Bypass(nn.Module):
     """Stands for the ParametrizationList of a tensor, and is the tensor."""
 
     def __init__(self, value: Any) -> None:
-        self.value = value
+        super().__init__()
+        self.right_inverse(value)
 
-    def __call__(self) -> Any:
+    def forward(self) -> Any:
         return self.value
 
     def right_inverse(self, value: Any) -> None:
         """Take an assignment to the tensor."""
-        self.value = value
+        object.__setattr__(self, "value", value)  # nothing to be registered
