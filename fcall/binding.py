@@ -116,6 +116,45 @@ def _walk(
             _walk(child, _join(path, key), [*above, module], found)
 
 
+def _groups(named: Sequence[tuple[str, Slot, Any]], tie_weights: bool) -> dict[str, str]:
+    """Map each name to the first of those that need one value with it."""
+    if not tie_weights:  # the names of one slot
+        return {name: slot.name for name, slot, _ in named}
+    first_names: dict[Any, str] = {}  # the names of one tensor
+    return {name: first_names.setdefault(_identity(tensor), name) for name, _, tensor in named}
+
+
+def _find(
+    module: nn.Module,
+    names: Sequence[str],
+    slots: Mapping[str, Slot],
+    first_paths: Mapping[Any, str],
+    *,
+    look_further: bool,
+) -> tuple[dict[int, Slot], list[str]]:
+    """Return the slot of each of ``names``, by its number, and those that are not registered."""
+    plain = {_without_compiled(name): slot for name, slot in slots.items()}
+    found = {}
+    unexpected = []
+    for number, name in enumerate(names):
+        _check_name(name)
+        slot = slots.get(name) or plain.get(_without_compiled(name))
+        if slot is None:
+            unexpected.append(name)
+            if look_further:
+                slot = _locate(module, name, slots, first_paths)
+        if slot is not None:
+            found[number] = slot
+    return found, unexpected
+
+
+def _refuse_lazy(module: nn.Module, given: Iterable[tuple[str, Slot, Any]]) -> None:
+    lazy = (UninitializedParameter, UninitializedBuffer)
+    names = [name for name, _, tensor in given if isinstance(tensor, lazy)]
+    if names:
+        errors.fail(errors.LazyModuleError, type(module).__name__, names)
+
+
 def bind(module: nn.Module, names: Sequence[str], *, tie_weights: bool, strict: bool) -> Binding:
     """Resolve ``names`` to slots of ``module``.
 
@@ -127,6 +166,10 @@ def bind(module: nn.Module, names: Sequence[str], *, tie_weights: bool, strict: 
 
     Raises:
         InvalidNameError: a name is not a dotted path.
+        LazyModuleError: a name is of a parameter that a lazy module has not made yet.
+        NotATensorSlotError: a name is of an attribute that is not a tensor.
+        PathThroughValueError: a name leads through what is no submodule.
+        ReadOnlyAttributeError: a name is of a property without a setter.
         StrictKeysError: ``strict``, and names are missing or unexpected.
         UnknownPathError: a name leads through a submodule that does not exist.
     """
@@ -137,65 +180,34 @@ def bind(module: nn.Module, names: Sequence[str], *, tie_weights: bool, strict: 
         first_paths.setdefault(_identity(owner), path)
     named = _named_tensors(owners, first_paths)
     slots = {name: slot for name, slot, _ in named}
-    plain = {_without_compiled(name): name for name in slots}
-    if tie_weights:  # names of one tensor need one value
-        first_names: dict[Any, str] = {}
-        group_of = {n: first_names.setdefault(_identity(tensor), n) for n, _, tensor in named}
-    else:  # only names of one slot do
-        group_of = {name: slot.name for name, slot, _ in named}
+    group_of = _groups(named, tie_weights)
 
-    own_slots: list[Slot] = []
-    unexpected: list[str] = []
-    givers: dict[str, list[str]] = {}
-    for name in names:
-        _check_name(name)
-        registered = name if name in slots else plain.get(_without_compiled(name))
-        if registered is not None:
-            slot = slots[registered]
-        else:
-            unexpected.append(name)
-            if strict:
-                continue
-            slot = _locate(module, name, slots, first_paths)
-        givers.setdefault(group_of.get(slot.name, slot.name), []).append(name)
-        own_slots.append(slot)
-    if strict:
-        missing = [name for name in slots if group_of[name] not in givers]
-        if missing or unexpected:
-            type_name = type(module).__name__
-            errors.fail(errors.StrictKeysError, type_name, missing, unexpected, list(slots))
+    found, unexpected = _find(module, names, slots, first_paths, look_further=not strict)
+    givers: dict[str, list[int]] = {}
+    for number, slot in found.items():
+        givers.setdefault(group_of.get(slot.name, slot.name), []).append(number)
+    missing = [name for name in slots if group_of[name] not in givers]
+    if strict and (missing or unexpected):
+        type_name = type(module).__name__
+        errors.fail(errors.StrictKeysError, type_name, missing, unexpected, list(slots))
+    _refuse_lazy(module, [tensor for tensor in named if group_of[tensor[0]] in givers])
 
-    uninitialized = [
-        name
-        for name, _, tensor in named
-        if group_of[name] in givers
-        and isinstance(tensor, (UninitializedParameter, UninitializedBuffer))
-    ]
-    if uninitialized:
-        errors.fail(errors.LazyModuleError, type(module).__name__, uninitialized)
-
-    number = {name: i for i, name in enumerate(names)}
-    written: dict[str, Slot] = {}
-    sources = []
     kept: dict[str, Slot] = {}
+    written: dict[str, tuple[Slot, int]] = {}
     for name, slot in slots.items():
-        givers_of_slot = givers.get(group_of[name])
-        if givers_of_slot is None:
+        if group_of[name] in givers:
+            written[slot.name] = slot, givers[group_of[name]][0]
+        else:
             kept[slot.name] = slot
-        elif slot.name not in written:
-            written[slot.name] = slot
-            sources.append(number[givers_of_slot[0]])
-    for name, slot in zip(names, own_slots):
-        if slot.name not in written:
-            written[slot.name] = slot
-            sources.append(number[name])
+    for number, slot in found.items():
+        written.setdefault(slot.name, (slot, number))
     position = {name: i for i, name in enumerate(written)}
-    bypassed = [f"{s.path}.{BYPASS}.{s.key}".lstrip(".") for s in own_slots if s.store == BYPASS]
+    bypassed = [_join(slot.path, f"{BYPASS}.{slot.key}") for slot, _ in written.values()]
     return Binding(
-        slots=list(written.values()),
-        sources=sources,
-        homes=[position[slot.name] for slot in own_slots],
-        same=[group for group in givers.values() if len(group) > 1],
+        slots=[slot for slot, _ in written.values()],
+        sources=[number for _, number in written.values()],
+        homes=[position[found[number].name] for number in range(len(names))],
+        same=[[names[number] for number in group] for group in givers.values() if len(group) > 1],
         kept=[slot for slot in kept.values() if slot.path not in bypassed],
         rnns=[path for path, owner in module.named_modules() if isinstance(owner, nn.RNNBase)],
     )
