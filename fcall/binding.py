@@ -262,6 +262,13 @@ def _join(path: str, key: str) -> str:
     return f"{path}.{key}" if path else key
 
 
+def _into_compiled(module: nn.Module, path: str) -> tuple[nn.Module, str]:
+    """Go on to the module that ``torch.compile`` wrapped, if it is one."""
+    while COMPILED_PART in module._modules:
+        module, path = getattr(module, COMPILED_PART), _join(path, COMPILED_PART)
+    return module, path
+
+
 def _without_compiled(name: str) -> str:
     return ".".join([part for part in name.split(".") if part != COMPILED_PART])
 
@@ -280,15 +287,16 @@ def _locate(
     module: nn.Module, name: str, known: Iterable[str], first_paths: Mapping[Any, str]
 ) -> Slot:
     """Find the slot of a name that no registered tensor has, as ``torch.func`` does."""
-    path, _, key = name.rpartition(".")
-    owner: Any = module
-    for part in path.split(".") if path else ():
+    *parts, key = _without_compiled(name).split(".")
+    owner, path = _into_compiled(module, "")
+    for part in parts:
         if not hasattr(owner, part):
             errors.fail(errors.UnknownPathError, type(module).__name__, name, list(known))
-        owner = getattr(owner, part)
-        if not isinstance(owner, nn.Module):
-            kind = type(owner).__name__
+        child = getattr(owner, part)
+        if not isinstance(child, nn.Module):
+            kind = type(child).__name__
             errors.fail(errors.PathThroughValueError, type(module).__name__, name, part, kind)
+        owner, path = _into_compiled(child, _join(path, part))
     path = first_paths.get(_identity(owner), path)
     if is_parametrized(owner, key):
         return Slot(path, BYPASS, key)

@@ -115,7 +115,7 @@ def _call(
     tracing = torch.compiler.is_dynamo_compiling()
     if tracing:
         _torch.allow_rnns_in_this_trace()
-    _refuse_unsupported(module, method)
+    refuse_unsupported(module, method)
     given = merge(dicts)
     names = tuple(given)
     if tracing:
@@ -169,7 +169,7 @@ def _write_back(dicts: Weights, changed: Mapping[str, Any]) -> None:
                 part[name] = changed[name]
 
 
-def _refuse_unsupported(module: nn.Module, method: str | None) -> None:
+def refuse_unsupported(module: nn.Module, method: str | None) -> None:
     """Refuse what is no module, or whose state is out of Python's reach."""
     name = type(module).__name__
     if isinstance(module, (torch.jit.ScriptModule, torch.jit.ScriptFunction)):

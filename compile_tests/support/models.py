@@ -133,6 +133,43 @@ class Recurrent(nn.Module):
         return self.head(self.lstm(x)[0])
 
 
+class Affine(nn.Module):
+    """``(batch, 1) -> (batch, 1)``: a submodule, a buffer, and an attribute that is no tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(1, 1)
+        self.register_buffer("shift", torch.ones(1))
+        self.rate = 0.5
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) + self.shift
+
+
+class Plain(nn.Module):
+    """Tensors that are not registered: of the instance, of the class, behind a property."""
+
+    scale = torch.tensor(3.0)  # the class's
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(2.0))
+        self.plain = torch.tensor(5.0)
+        self._stored = torch.tensor(7.0)
+
+    @property
+    def stored(self) -> Tensor:
+        return self._stored
+
+    @stored.setter
+    def stored(self, value: Tensor) -> None:
+        self._stored = value
+
+    def forward(self) -> list[float]:
+        names = ("weight", "plain", "scale", "_stored", "extra")
+        return [getattr(self, name, torch.tensor(-1)).item() for name in names]
+
+
 EXAMPLES: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
     "MLP": lambda: (MLP(), torch.rand(5, 3)),
     "Normed": lambda: (Normed(), torch.rand(4, 2, 6, 6)),

@@ -74,7 +74,9 @@ def call(
         What the module returns, and the values that it reassigned, by position in ``values``.
     """
     given_count = len(values)
+    class_name = type(module).__name__
     if not torch.compiler.is_dynamo_compiling():
+        routes.record(class_name, routes.OPERATOR)
         names, values, substitution = _with_kept(names, values, substitution)
     target = module if method is None else getattr(module, method)
     leaves, spec = _torch.pytree.tree_flatten((args, kwargs))
@@ -98,7 +100,6 @@ def call(
         return out, reassigned(substitution, state, after)
 
     operands = (*values, *[leaves[i] for i in tensors])
-    class_name = type(module).__name__
     if torch.compiler.is_dynamo_compiling() and problem_with_dynamo():
         _record_inlined(class_name)
         return body(*operands)

@@ -32,7 +32,10 @@ def input_names(
 
 @_torch.evaluated_while_tracing
 def _argument_names(cls: type[nn.Module], method: str, count: int) -> tuple[str, ...]:
-    """Return names for ``count`` positional arguments, as the method's signature has them."""
-    parameters = list(inspect.signature(getattr(cls, method)).parameters.values())[1:]
+    """Return names for ``count`` positional arguments: the signature's, where there is one."""
+    try:
+        parameters = list(inspect.signature(getattr(cls, method)).parameters.values())[1:]
+    except (AttributeError, TypeError, ValueError):  # of the instance alone, a property, a builtin
+        parameters = []
     names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     return tuple(names[i] if i < len(names) else f"args_{i}" for i in range(count))

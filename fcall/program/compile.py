@@ -80,5 +80,7 @@ def compile(
     def call(weights: Weights, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return functional_call(module, weights, args, kwargs, method=called)
 
+    # Dynamo counts compilations, and gives up on too many, by code object.
+    call.__code__ = call.__code__.replace()
     compiled = torch.compile(call, backend=backend, mode=mode, dynamic=dynamic, options=options)
     return CompiledCall(module, method, compiled)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from fcall import errors
-from fcall.call import Weights, call_inlined, merge
+from fcall.call import Weights, call_inlined, merge, refuse_unsupported
 from fcall.plan import binding_for
 
 __all__ = ["export"]
@@ -70,13 +70,14 @@ def export(
         >>> program.module()({"weight": torch.ones(2, 3), "bias": torch.zeros(2)}, torch.ones(1, 3))
         tensor([[3., 3.]])
     """
+    refuse_unsupported(module, method)
     params = merge(parameter_and_buffer_dicts)
     args = () if args is None else args if isinstance(args, tuple) else (args,)
     binding = binding_for(module, tuple(params), tie_weights=tie_weights, strict=strict)
     if binding.kept:
         missing = ", ".join(repr(slot.name) for slot in binding.kept)
         errors.fail(errors.MissingValuesError, type(module).__name__, missing)
-    caller = _Caller(module, method, tie_weights)
+    caller = _Caller(module, method, tie_weights, kwargs or {})
     if isinstance(dynamic_shapes, Mapping):
         dynamic_shapes = {caller.weights_name: dict.fromkeys(params), **dynamic_shapes}
     elif dynamic_shapes is not None:
@@ -89,14 +90,19 @@ def export(
 class _Caller(nn.Module):
     """The module as torch.export is to see it: without state, called with its weights first."""
 
-    def __init__(self, module: nn.Module, method: str | None, tie_weights: bool) -> None:
+    def __init__(
+        self, module: nn.Module, method: str | None, tie_weights: bool, kwargs_names: Iterable[str]
+    ) -> None:
         super().__init__()
-        inputs = list(inspect.signature(getattr(module, method or "forward")).parameters.values())
+        signature = inspect.signature(getattr(module, method or "forward"))
+        inputs = list(signature.parameters.values())
         # torch.export names placeholders after the arguments: p["l1.weight"] becomes p_l1_weight.
-        self.weights_name = "weights" if any(i.name == "p" for i in inputs) else "p"
+        self.weights_name = _unused_name({*signature.parameters, *kwargs_names})
         weights = inspect.Parameter(self.weights_name, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        if inputs and inputs[0].kind is inspect.Parameter.POSITIONAL_ONLY:
+            weights = weights.replace(kind=inspect.Parameter.POSITIONAL_ONLY)
 
-        def forward(weights: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+        def forward(weights: dict[str, Tensor], /, *args: Any, **kwargs: Any) -> Any:
             state = dict(weights)
             out = call_inlined(module, state, args, kwargs, tie_weights=tie_weights, method=method)
             for name, value in weights.items():
@@ -106,6 +112,13 @@ class _Caller(nn.Module):
 
         forward.__signature__ = inspect.Signature([weights, *inputs])  # type: ignore[attr-defined]
         self.forward = forward
+
+
+def _unused_name(used: Collection[str]) -> str:
+    name = "p"
+    while name in used:
+        name = "weights" if name == "p" else name + "_"
+    return name
 
 
 def _write_into(name: str, given: Tensor, new: Tensor) -> None:

@@ -1,0 +1,273 @@
+"""Each error: the builtin it is, every clause of its message, its details, and that it pickles."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import pickle
+from typing import Any, NamedTuple
+
+import pytest
+
+from fcall import errors
+
+
+class Case(NamedTuple):
+    error: str
+    builtin: type[Exception]
+    details: tuple[Any, ...]
+    clauses: list[str]
+    """What the message says, in this order, and nothing else."""
+
+
+CASES = [
+    Case(
+        "InvalidDictsError",
+        ValueError,
+        ("int",),
+        [
+            "parameter_and_buffer_dicts must be a dict from names to tensors, ",
+            "or a list or tuple of such dicts, ",
+            "but got int. ",
+            "Pass for example dict(module.named_parameters()).",
+        ],
+    ),
+    Case(
+        "DuplicateNameError",
+        ValueError,
+        ("l1.bias",),
+        ["the key 'l1.bias' appeared in multiple dictionaries. ", "Keep it in one of them."],
+    ),
+    Case(
+        "InvalidNameError",
+        KeyError,
+        ("l1..bias",),
+        [
+            "'l1..bias' is not the name of a parameter or buffer: ",
+            "names are non-empty strings as in module.named_parameters(), ",
+            "with parts joined by single dots.",
+        ],
+    ),
+    Case(
+        "NotATensorError",
+        TypeError,
+        ("l1.bias", "float"),
+        [
+            "the value given for 'l1.bias' is not a tensor but a float. ",
+            "Values must be torch.Tensor or implement __torch_function__; ",
+            "leave a name out to keep the module's own tensor.",
+        ],
+    ),
+    Case(
+        "NotATensorSlotError",
+        TypeError,
+        ("rate", "Net", "float"),
+        [
+            "the attribute 'rate' of Net is not a tensor but a float. ",
+            "Only tensors can be substituted; ",
+            "pass other values as arguments.",
+        ],
+    ),
+    Case(
+        "UnknownPathError",
+        AttributeError,
+        ("Net", "l3.bias", ["l1.bias", "l2.weight"]),
+        [
+            "Net has no submodule to which the key 'l3.bias' leads",
+            " (did you mean 'l1.bias'?).",
+        ],
+    ),
+    Case(
+        "PathThroughValueError",
+        TypeError,
+        ("Net", "l1.weight.x", "weight", "Parameter"),
+        [
+            "the key 'l1.weight.x' leads through 'weight', ",
+            "which in Net is no submodule but a Parameter. ",
+            "Names are those of module.named_parameters() and named_buffers().",
+        ],
+    ),
+    Case(
+        "ReadOnlyAttributeError",
+        AttributeError,
+        ("l1.total", "Linear"),
+        [
+            "can't set 'l1.total': ",
+            "it is a property of Linear without a setter, and no tensor of its own.",
+        ],
+    ),
+    Case(
+        "LazyModuleError",
+        RuntimeError,
+        ("Net", ["l1.bias", "l1.weight"]),
+        [
+            "Net has lazy modules whose parameters are not made yet: ['l1.bias', 'l1.weight']. ",
+            "Called with values for them, ",
+            "they would turn into plain modules without parameters. ",
+            "Call the module once as it is, with an input of the right shape, ",
+            "and then functionally.",
+        ],
+    ),
+    Case(
+        "UnknownMethodError",
+        AttributeError,
+        ("Net", "encod", ["forward", "encode"]),
+        ["Net has no method 'encod' to call", " (did you mean 'encode'?)."],
+    ),
+    Case(
+        "TiedValuesError",
+        ValueError,
+        (["a", "b"], "Net"),
+        [
+            "functional_call got multiple values for keys ['a', 'b'], which are tied in Net. ",
+            "Give one of them, or the same tensor for each, ",
+            "or consider using tie_weights=False.",
+        ],
+    ),
+    Case(
+        "SharedSlotError",
+        ValueError,
+        (["a.w", "b.w"], "Net"),
+        [
+            "functional_call got multiple values for keys ['a.w', 'b.w'], ",
+            "but in Net they are paths to one and the same submodule, ",
+            "so tie_weights=False cannot untie them. ",
+            "Give one of them, or the same tensor for each.",
+        ],
+    ),
+    Case(
+        "StrictKeysError",
+        RuntimeError,
+        ("Net", ["l2.bias", "l1.bias"], ["zzz", "l2.wieght"], ["l1.bias", "l2.weight"]),
+        [
+            "Error(s) in reparametrizing for Net:",
+            "\n\tUnexpected key(s): 'l2.wieght' (did you mean 'l2.weight'?), 'zzz'.",
+            "\n\tMissing key(s): 'l1.bias', 'l2.bias'.",
+        ],
+    ),
+    Case(
+        "MetaTensorError",
+        RuntimeError,
+        ("Net", ["l1.bias", "l2.bias"]),
+        [
+            "Net has tensors on the meta device that were given no value, ",
+            "while the call has real tensors: ['l1.bias', 'l2.bias']. ",
+            "A meta tensor holds no numbers; ",
+            "give a value for each of these names.",
+        ],
+    ),
+    Case(
+        "NotAModuleError",
+        TypeError,
+        ("function",),
+        ["functional_call calls an nn.Module, but got a function."],
+    ),
+    Case(
+        "UnsupportedModuleError",
+        RuntimeError,
+        ("the Jitted module Net", "Call another one."),
+        ["functional_call can't be used with the Jitted module Net. ", "Call another one."],
+    ),
+    Case(
+        "ReadOnlyMappingError",
+        TypeError,
+        ("count", "mappingproxy"),
+        [
+            "the module reassigned 'count', ",
+            "but the mapping it came in (mappingproxy) is read-only, ",
+            "so the new value cannot be written back. ",
+            "Pass a dict.",
+        ],
+    ),
+    Case(
+        "MissingValuesError",
+        RuntimeError,
+        ("Net", "'l1.bias', 'l2.bias'"),
+        [
+            "export needs a value for every parameter and buffer of Net, ",
+            "so that the graph's caller gives all of them. ",
+            "Missing: 'l1.bias', 'l2.bias'. ",
+            "For example pass {**dict(module.named_parameters()), ",
+            "**dict(module.named_buffers()), **params}.",
+        ],
+    ),
+    Case(
+        "StateChangedError",
+        RuntimeError,
+        ("count", "(3,)", "(4,)"),
+        [
+            "the module reassigns 'count', from (3,) to (4,). ",
+            "An exported graph writes new state into the tensors it was given, ",
+            "so shape and dtype have to stay the same.",
+        ],
+    ),
+]
+
+each = pytest.mark.parametrize("case", CASES, ids=[case.error for case in CASES])
+
+
+def test_every_error_is_here() -> None:
+    classes = set(errors.__all__) - {"FcallError", "FcallWarning"}
+    assert classes == {case.error for case in CASES}
+    defined = [cls for _, cls in inspect.getmembers(errors, inspect.isclass)]
+    assert {c.__name__ for c in defined if c.__module__ == errors.__name__} == set(errors.__all__)
+
+
+@each
+def test_message_and_details(case: Case) -> None:
+    error = getattr(errors, case.error)(*case.details)
+    assert str(error) == "".join(case.clauses)
+    assert error.args == (str(error),)
+    assert error.details == case.details
+
+
+@each
+def test_it_is_the_builtin_that_torch_raises(case: Case) -> None:
+    cls = getattr(errors, case.error)
+    assert issubclass(cls, errors.FcallError)
+    assert issubclass(cls, case.builtin)
+    builtins = {c for c in cls.__mro__ if c.__module__ == "builtins"}
+    assert builtins == set(case.builtin.__mro__)  # and no other builtin catches it
+    with pytest.raises(case.builtin):
+        errors.fail(cls, *case.details)
+
+
+@each
+@pytest.mark.parametrize("again", [lambda e: pickle.loads(pickle.dumps(e)), copy.copy])
+@pytest.mark.parametrize("traced", [False, True])
+def test_copies(case: Case, again: Any, traced: bool) -> None:
+    cls = getattr(errors, case.error)
+    error = (errors._unwrapped(cls) if traced else cls)(*case.details)
+    twin = again(error)
+    assert type(twin) is cls
+    assert str(twin) == str(error)
+    assert twin.details == case.details
+
+
+@each
+def test_what_leaves_a_trace_is_named_alike(case: Case) -> None:
+    """Dynamo leaves an AssertionError as it is: those raised in a trace are ones, too."""
+    cls = getattr(errors, case.error)
+    traced = errors._unwrapped(cls)
+    assert issubclass(traced, cls)
+    assert issubclass(traced, AssertionError)
+    assert (traced.__name__, traced.__module__) == (cls.__name__, cls.__module__)
+
+
+@each
+def test_docstrings_say_what_the_details_are(case: Case) -> None:
+    assert "Details: " in inspect.getdoc(getattr(errors, case.error))
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("l1.wieght", " (did you mean 'l1.weight'?)"),
+        ("l1.weight2", " (did you mean 'l1.weight'?)"),
+        ("zzz", ""),
+        ("", ""),
+    ],
+)
+def test_nearest(name: str, expected: str) -> None:
+    assert errors.nearest(name, ["l2.bias", "l1.weight"]) == expected
+    assert errors.nearest(name, []) == ""
