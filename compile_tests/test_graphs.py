@@ -1,25 +1,21 @@
-"""What captured graphs look like, and what they do when they are run."""
+"""What captured graphs look like."""
 
 # ruff: noqa: E501
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from expecttest import TestCase
 from torch import Tensor, nn
-from torch.export import Dim, ExportedProgram
-from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import fcall
 from compile_tests.support.compiled import capture
-from compile_tests.support.graphs import text_of
-from compile_tests.support.models import MLP, Counter, Normed
-from compile_tests.support.oracle import assert_close, state_of, unchanged
+from compile_tests.support.graphs import body_of, text_of
+from compile_tests.support.models import MLP
+from compile_tests.support.oracle import state_of
 
 pytestmark = pytest.mark.compiled
 
@@ -183,145 +179,6 @@ class <lambda>(torch.nn.Module):
             return [mul]
 """,
         )
-
-
-STRICT = pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
-
-
-def fcall_nodes(graph: GraphModule) -> list[Node]:
-    return [node for node in graph.graph.nodes if str(node.target) == "fcall"]
-
-
-def body_of(graph: GraphModule) -> GraphModule:
-    (node,) = fcall_nodes(graph)
-    return getattr(graph, node.args[0].target)  # type: ignore[no-any-return]
-
-
-def export(module: nn.Module, *args: Any, strict: bool, **options: Any) -> ExportedProgram:
-    with unchanged(module):
-        return torch.export.export(module, args, strict=strict, **options)
-
-
-class OwnsPartly(Owner):
-    """Leaves most of its submodule's tensors in place."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return call(self.inner, {"l1.bias": x[0, 0].expand(4)}, x)
-
-
-class OwnsNormed(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = Normed()
-
-    def forward(self, x: Tensor) -> Tensor:
-        doubled = {name: value * 2 for name, value in self.inner.named_parameters()}
-        return call(self.inner, doubled, x)
-
-
-OWNERS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
-    "all given": (Owner, torch.rand(5, 3)),
-    "a part given": (OwnsPartly, torch.rand(5, 3)),
-    "buffers in place": (OwnsNormed, torch.rand(4, 2, 6, 6)),
-}
-
-
-@STRICT
-@pytest.mark.parametrize("owner", OWNERS)
-def test_exported_programs_run(owner: str, strict: bool) -> None:
-    make, x = OWNERS[owner]
-    module = make()
-    program = export(module, x, strict=strict)
-    decomposed = program.run_decompositions()
-    assert (len(fcall_nodes(program.graph_module)), fcall_nodes(decomposed.graph_module)) == (1, [])
-    for exported in (program.module(), decomposed.module()):
-        twin = copy.deepcopy(module)
-        for _ in range(2):
-            assert_close(exported(x * 2), twin(x * 2))
-        for name, buffer in twin.named_buffers():
-            assert_close(exported.get_buffer(name), buffer)
-
-
-def test_routes_are_recorded() -> None:
-    module, x = MLP(), torch.rand(5, 3)
-    p = state_of(module)
-    for record in (
-        lambda: make_fx(lambda p, x: call(module, p, x), pre_dispatch=True)(p, x),
-        lambda: torch.export.export(Owner(), (x,), strict=False),
-    ):
-        with fcall.record_routes() as routes:
-            record()
-        assert [route.kind for route in routes] == ["operator"]
-
-
-@STRICT
-def test_exported_with_a_dynamic_batch(strict: bool) -> None:
-    module = Owner()
-    shapes = {"x": {0: Dim("batch")}}
-    program = export(module, torch.rand(5, 3), strict=strict, dynamic_shapes=shapes)
-    assert len(fcall_nodes(program.graph_module)) == 1
-    for batch in (2, 7):
-        x = torch.rand(batch, 3)
-        assert_close(program.module()(x), module(x))
-
-
-@STRICT
-def test_what_is_given_no_value_is_an_operand_too(strict: bool) -> None:
-    program = export(OwnsPartly(), torch.rand(5, 3), strict=strict)
-    assert not program.constants
-    body = body_of(program.graph_module).graph
-    names = {node.name for node in body.find_nodes(op="placeholder")}
-    assert len(names) == 5
-    assert not body.find_nodes(op="get_attr")
-
-
-def test_what_is_given_no_value_is_an_operand_in_make_fx() -> None:
-    module, x = MLP(), torch.rand(5, 3)
-    graph = make_fx(lambda p, x: call(module, p, x), pre_dispatch=True)(
-        {"l1.bias": torch.ones(4)}, x
-    )
-    body = body_of(graph)
-    names = [node.name for node in body.graph.find_nodes(op="placeholder")]
-    assert names == ["p_l1_bias", "p_l1_weight", "p_l2_weight", "p_l2_bias", "x"]
-    assert not body.graph.find_nodes(op="get_attr")
-    assert_close(
-        graph({"l1.bias": torch.zeros(4)}, x), call(module, {"l1.bias": torch.zeros(4)}, x)
-    )
-
-
-def test_make_fx_runs_a_body_once() -> None:
-    module, x = Normed(), torch.rand(4, 2, 6, 6)
-    p, twin = state_of(module), state_of(module)
-    graph = make_fx(lambda p, x: call(module, p, x), pre_dispatch=True)(p, x)
-    assert p["norm.num_batches_tracked"] == 1
-    expected = call(module, twin, x)
-    assert_close(p, twin)
-    assert_close(graph(p, x), expected)
-    assert p["norm.num_batches_tracked"] == 2
-
-
-def test_make_fx_of_a_reassigned_buffer() -> None:
-    def fn(foo: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        p = {"foo": foo}
-        return call(module, p, x), p["foo"]
-
-    module, x = Counter(), torch.rand(2)
-    with unchanged(module):
-        graph = make_fx(fn, pre_dispatch=True)(torch.tensor(1.0), x)
-    assert len(fcall_nodes(graph)) == 1
-    assert_close(graph(torch.tensor(5.0), x), (x + 6, torch.tensor(6.0)))
-
-
-def test_make_fx_without_pre_dispatch_sees_the_operations() -> None:
-    module, x = MLP(), torch.rand(5, 3)
-    p, other = state_of(module, seed=1), state_of(module, seed=2)
-    for fn in (
-        lambda p: call(module, p, x),
-        torch.func.grad(lambda p: call(module, p, x).square().sum()),
-    ):
-        graph = make_fx(fn)(p)
-        assert not fcall_nodes(graph)
-        assert_close(graph(other), fn(other))
 
 
 def test_placeholders_are_named_after_weights_and_arguments() -> None:

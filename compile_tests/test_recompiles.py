@@ -98,7 +98,17 @@ Make = Callable[[], tuple[nn.Module, Tensor]]
 
 CHANGES: dict[str, tuple[Make, str, Callable[[nn.Module], Any]]] = {
     "untied": (EXAMPLES["Tied"], "embed.weight", untie),
-    "tied": (EXAMPLES["MLP"], "l1.bias", tie_l2_to_l1),
+    "tied": (
+        lambda: linears(first_bias=True),
+        "0.bias",
+        lambda m: setattr(m[1], "bias", m[0].bias),
+    ),
+    "tied, and of another shape": (EXAMPLES["MLP"], "l1.bias", tie_l2_to_l1),
+    "shared": (
+        lambda: linears(first_bias=True),
+        "0.bias",
+        lambda m: setattr(m, "1", m[0]),
+    ),
     "submodule replaced by another kind": (
         EXAMPLES["MLP"],
         "l2.weight",
