@@ -146,7 +146,11 @@ def test_the_given_dict_is_copied_first() -> None:
 # --- Values -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("value", [None, 1.0, [1.0], "one", object(), torch.Size([4])], ids=repr)
+@pytest.mark.parametrize(
+    "value",
+    [None, 1.0, [1.0], "one", object(), torch.Size([4])],
+    ids=lambda value: type(value).__name__,
+)
 @pytest.mark.parametrize("name", ["l1.bias", "_orig_mod.l1.bias", "extra"])
 def test_not_a_tensor(name: str, value: Any) -> None:
     module = MLP()
