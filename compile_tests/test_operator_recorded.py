@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
 from torch.export import Dim, ExportedProgram
+from torch.fx import Graph, GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import fcall
@@ -100,6 +102,31 @@ def test_exported_transforms(make: Callable[[], nn.Module], strict: bool) -> Non
     program = export(module, x, strict=strict)
     for exported in (program.module(), program.run_decompositions().module()):
         assert_close(exported(x * 2), module(x * 2))
+
+
+def line_of_tanh(graph: Graph) -> str:
+    (tanh,) = [node for node in graph.nodes if "tanh" in str(node.target)]
+    return str(tanh.meta["stack_trace"])
+
+
+@STRICT
+def test_exported_operations_tell_where_they_come_from(strict: bool) -> None:
+    program = export(Owner(), torch.rand(5, 3), strict=strict).run_decompositions()
+    assert "return self.l2(self.encode(x)) * scale" in line_of_tanh(program.graph)
+
+
+def test_compiled_operations_tell_where_they_come_from() -> None:
+    def compiler(graph: GraphModule, inputs: list[Tensor]) -> GraphModule:
+        lines.append(line_of_tanh(graph.graph))
+        return graph
+
+    torch._dynamo.reset()
+    module, lines = MLP(), []
+    backend = aot_autograd(fw_compiler=compiler)
+    torch.compile(lambda p, x: call(module, p, x), backend=backend)(
+        state_of(module), torch.rand(5, 3)
+    )
+    assert ["return self.l1(x).tanh()" in line for line in lines] == [True]
 
 
 def test_routes_are_recorded() -> None:

@@ -62,6 +62,15 @@ def test_nested_recordings() -> None:
     assert inner == same == [EAGER_MLP] * 2
 
 
+def test_the_end_of_a_recording_leaves_an_equal_one_alone() -> None:
+    with record_routes() as outer:
+        with record_routes() as inner:
+            pass
+        assert outer == inner == []
+        functional_call(MLP(), {}, X)
+    assert (outer, inner) == ([EAGER_MLP], [])
+
+
 def test_a_recording_ends_when_an_exception_leaves_it() -> None:
     module = MLP()
     module.encode = lambda x: [][0]

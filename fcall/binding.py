@@ -152,7 +152,7 @@ def _refuse_lazy(module: nn.Module, given: Iterable[tuple[str, Slot, Any]]) -> N
     lazy = (UninitializedParameter, UninitializedBuffer)
     names = [name for name, _, tensor in given if isinstance(tensor, lazy)]
     if names:
-        errors.fail(errors.LazyModuleError, type(module).__name__, names)
+        errors.fail(errors.LazyModuleError, type(module).__name__, sorted(names))
 
 
 def bind(module: nn.Module, names: Sequence[str], *, tie_weights: bool, strict: bool) -> Binding:

@@ -75,7 +75,7 @@ def export(
     args = () if args is None else args if isinstance(args, tuple) else (args,)
     binding = binding_for(module, tuple(params), tie_weights=tie_weights, strict=strict)
     if binding.kept:
-        missing = ", ".join(repr(slot.name) for slot in binding.kept)
+        missing = sorted(slot.name for slot in binding.kept)
         errors.fail(errors.MissingValuesError, type(module).__name__, missing)
     caller = _Caller(module, method, tie_weights, kwargs or {})
     if isinstance(dynamic_shapes, Mapping):
