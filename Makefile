@@ -26,7 +26,7 @@ PYTEST_PARALLEL = $(PYTEST) -n $(WORKERS)
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-fast test-all check format lint types expect clean distclean
+.PHONY: help setup demo perf test test-fast test-all check format lint types expect clean distclean
 .PHONY: need-python need-compiler
 
 help: ## list the targets
@@ -36,6 +36,9 @@ setup: $(VENV)/.installed-dev $(VENV)/.installed-test ## make .venv with all tha
 
 demo: need-compiler $(VENV)/.installed-demo ## see the library at work
 	$(BIN)/python -m demo $(ARGS)
+
+perf: need-compiler $(VENV)/.installed-perf ## the benchmarks: tables, and JSON under perf/results/
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m perf $(ARGS)
 
 test: need-compiler $(VENV)/.installed-test ## the tests, but for the slow ones
 	$(PYTEST_PARALLEL) -m "not slow and not cuda" $(ARGS)
@@ -97,6 +100,7 @@ need-compiler: need-python
 
 EXTRAS_demo = demo
 EXTRAS_test = test,demo
+EXTRAS_perf = perf
 EXTRAS_dev = dev
 
 $(BIN)/python: | need-python

@@ -330,6 +330,7 @@ def test_gradients_flow_to_the_given_weights() -> None:
 def test_the_program_compiles_to_one_graph() -> None:
     module, x = EXAMPLES["Attention"]()
     program = fcall.export(module, state_of(module), x)
+    torch._dynamo.reset()
     run = torch.compile(program.module(), fullgraph=True, backend="aot_eager")
     p = state_of(module, seed=1)
     assert_close(run(p, x), program.module()(p, x))

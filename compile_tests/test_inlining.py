@@ -202,6 +202,27 @@ def test_only_what_cannot_be_captured_is_inlined() -> None:
     assert len(result.graphs) == 1
 
 
+class MayCount(PythonState):
+    """A class of which some modules can be captured."""
+
+    def __init__(self, counts: bool) -> None:
+        super().__init__()
+        self.counts = counts
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if self.counts else self.linear(x)
+
+
+@pytest.mark.parametrize("order", [[False, True], [True, False], [False, True, False]])
+def test_modules_of_one_class_are_told_apart(order: list[bool]) -> None:
+    modules = [MayCount(counts) for counts in order]
+    p, x = state_of(modules[0], seed=1), torch.rand(2, 3)
+    expected = [call(module, p, x) for module in copy.deepcopy(modules)]
+    result = capture(lambda p, x: [call(module, p, x) for module in modules], p, x)
+    assert_close(result.out, expected)
+    assert result.kinds == ["inlined" if counts else "operator" for counts in order]
+
+
 @pytest.mark.parametrize("transform", ["grad", "vmap", "jvp"])
 def test_inlined_in_a_transform(transform: str) -> None:
     def fn(module: nn.Module) -> Callable[..., Any]:

@@ -102,6 +102,7 @@ def test_several_calls_of_one_module(way: str) -> None:
 
 
 def test_gradients_by_autograd_grad() -> None:
+    torch._dynamo.reset()
     module, x = EXAMPLES["MLP"]()
     p = weights(module)
     compiled = torch.compile(lambda p, x: call(module, p, x), fullgraph=True, backend="aot_eager")
@@ -111,6 +112,7 @@ def test_gradients_by_autograd_grad() -> None:
 
 
 def test_gradients_reach_the_tensors_that_stay_the_module_s_own() -> None:
+    torch._dynamo.reset()
     module, x = EXAMPLES["MLP"]()
     p = weights(module)
     part = {"l1.weight": p["l1.weight"]}
@@ -152,6 +154,7 @@ class TwoCounters(nn.Module):
 
 @pytest.mark.parametrize("backend", ["aot_eager", None])
 def test_buffers_reassigned(backend: str | None) -> None:
+    torch._dynamo.reset()
     module = TwoCounters()
     given = [{"a.foo": torch.tensor(3.0)}, {"b.foo": torch.tensor(5.0)}]
     before = [dict(part) for part in given]

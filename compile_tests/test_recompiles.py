@@ -39,6 +39,31 @@ def test_batch_sizes_end_in_one_dynamic_graph(dynamic: bool | None, compilations
     assert len(graphs) == compilations
 
 
+@pytest.mark.parametrize("name", ["Attention", "Normed", "Tied"])
+def test_bodies_that_use_dynamic_sizes(name: str) -> None:
+    module, x = EXAMPLES[name]()
+    fn, graphs = compiled_call(module)
+    for copies in (3, 4, 5, 2):
+        p, same, xs = state_of(module, seed=1), state_of(module, seed=1), torch.cat([x] * copies)
+        assert_close(fn(p, xs), call(module, same, xs))
+        assert_close(p, same)
+    assert len(graphs) == 2
+
+
+@pytest.mark.parametrize("scales", [(3, 4, 5, 6), (0.5, 1.5, 2.5, 3.5)])
+def test_numbers_among_the_arguments(scales: tuple[float, ...]) -> None:
+    torch._dynamo.reset()
+    module, x = EXAMPLES["MLP"]()
+    p = state_of(module, seed=1)
+    backend, graphs = recording()
+    fn = torch.compile(
+        lambda p, x, scale: call(module, p, x, {"scale": scale}), fullgraph=True, backend=backend
+    )
+    for scale in scales:
+        assert_close(fn(p, x, scale), call(module, p, x, {"scale": scale}))
+    assert len(graphs) == 2
+
+
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_other_values_are_no_reason(name: str) -> None:
     module, x = EXAMPLES[name]()
