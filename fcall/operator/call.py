@@ -108,7 +108,7 @@ def call(
         body,
         *operands,
         names=(*[placeholder_name(name) for name in names], *[names_of_inputs[i] for i in tensors]),
-        module=class_name,
+        module=module,
         stores=stores_of(substitution.entries),
     )
     for number in [number for number in changed if number >= given_count]:

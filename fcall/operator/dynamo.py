@@ -33,15 +33,18 @@ class FunctionalCallVariable(_Variable):
         """Trace ``functional_call_op(*args, **kwargs)``."""
         body, operands = args[0], [operand.realize() for operand in args[1:]]
         names = kwargs["names"].as_python_constant()
-        module = kwargs["module"].as_python_constant()
+        called = kwargs["module"].realize()
+        module = called.python_type().__name__
         inlined = _inlined_calls(tx)
-        if (module, names) in inlined:
-            _record_when_done(tx, module, routes.INLINED, inlined[module, names])
+        # A module made in the traced code is made anew in each attempt: its class has to do.
+        key = (called.python_type() if called.source is None else id(called.value), names)
+        if key in inlined:
+            _record_when_done(tx, module, routes.INLINED, inlined[key])
             return body.call_function(tx, operands, {})
         try:
             return self._trace(tx, body, operands, names, module, kwargs["stores"])
         except (dynamo.Unsupported, _NotCapturableError) as error:
-            inlined[module, names] = _summary(error)
+            inlined[key] = _summary(error)
             restart = f"fcall: inline the call of {module}"
             raise dynamo.SpeculationRestartAnalysis(restart_reason=restart) from error
 
@@ -177,7 +180,7 @@ def _realized(variable: Any) -> Any:
     return variable.realize()
 
 
-def _inlined_calls(tx: Any) -> dict[tuple[str, tuple[str, ...]], str]:
+def _inlined_calls(tx: Any) -> dict[tuple[Any, tuple[str, ...]], str]:
     """Return the calls to be inlined in this frame, with their reasons, as known so far.
 
     They are kept where Dynamo keeps what it learnt in earlier attempts at the same frame.

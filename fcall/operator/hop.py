@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from torch.fx import GraphModule, Interpreter
 
 from fcall import _torch
@@ -18,13 +19,13 @@ class FunctionalCallOp(_torch.HigherOrderOperator):
 
     Equivalent to::
 
-        def functional_call_op(body, *operands, names=None, module="", stores=()):
+        def functional_call_op(body, *operands, names=None, module=None, stores=()):
             return body(*operands)
 
     ``body`` returns any nest of tensors, may mutate operands, and may return operands or views of
     them. The rest is for those who record the call, and not part of the recorded node: ``names``
-    has a placeholder's name for each operand, ``module`` is the name of the called class, and
-    ``stores`` are the dicts that the body writes to and restores.
+    has a placeholder's name for each operand, ``module`` is what the body calls, and ``stores`` are
+    the dicts that it writes to and restores.
 
     It runs its body wherever it is not recorded as a node of a graph: in a transform of torch.func,
     in AOTAutograd, in a backend. So transforms compose, and Inductor fuses across its border.
@@ -38,7 +39,7 @@ class FunctionalCallOp(_torch.HigherOrderOperator):
         body: Callable[..., Any],
         *operands: Any,
         names: Sequence[str] | None = None,
-        module: str = "",
+        module: nn.Module | None = None,
         stores: Sequence[dict[str, Any]] = (),
     ) -> Any:
         if _torch.runs_pre_dispatch(self, operands) and not _torch.in_functorch_transform():
