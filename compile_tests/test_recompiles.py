@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.utils import clear_compilation_metrics, get_compilation_metrics
 from torch.nn.utils import parametrize
 
 import fcall
-from compile_tests.support.compiled import recording
+from compile_tests.support.compiled import capture, recording
 from compile_tests.support.models import EXAMPLES, MLP, Counter, Symmetric
 from compile_tests.support.oracle import assert_close, state_of
 
@@ -218,3 +220,22 @@ def test_names_and_requires_grad_are_noticed() -> None:
         actual, expected = fn(p, x), call(module, p, x)
         assert_close(actual, expected)
         assert actual.requires_grad == expected.requires_grad
+
+
+class Breaks(MLP):
+    """Breaks the graph in the middle of its forward."""
+
+    def encode(self, x: Tensor) -> Tensor:
+        torch._dynamo.graph_break()
+        return super().encode(x)
+
+
+def test_after_a_graph_break_only_the_module_is_compiled() -> None:
+    """Dynamo would start graphs at each of fcall's functions, too."""
+    clear_compilation_metrics()
+    module, x = Breaks(), torch.rand(2, 3)
+    capture(lambda p, x: call(module, p, x), state_of(module), x, fullgraph=False)
+    files = {metric.co_filename for metric in get_compilation_metrics()}
+    own = {Path(file).name for file in files if Path(file).parent == Path(fcall.__file__).parent}
+    assert len(files) > 1
+    assert own <= {"call.py"}  # functional_call itself, where a graph may start

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
-from types import SimpleNamespace
+from collections.abc import Callable, Iterable, Iterator
+from types import CodeType, FunctionType, ModuleType, SimpleNamespace
 from typing import Any, TypeVar
 
 import torch
@@ -28,7 +28,6 @@ __all__ = [
     "allow_rnns_in_this_trace",
     "dynamo",
     "evaluated_while_tracing",
-    "frame_not_traced_first",
     "has_preserved_node_meta",
     "in_functorch_transform",
     "pre_dispatch_proxy_mode",
@@ -36,6 +35,7 @@ __all__ = [
     "reenter_make_fx",
     "runs_pre_dispatch",
     "separate_parametrization_cache",
+    "start_no_graphs_in",
     "track_tensor_tree",
 ]
 
@@ -89,20 +89,37 @@ def evaluated_while_tracing(fn: F) -> F:
     return fn
 
 
-def frame_not_traced_first(fn: F) -> F:
-    """Keep Dynamo from starting a graph at ``fn``; it may still be traced as part of a caller.
+def start_no_graphs_in(*functions_or_modules: Any) -> None:
+    """Keep Dynamo from starting graphs at these functions, and at all in these modules.
 
-    After a graph break in a module, fcall's own frame runs as plain Python and what the module
-    calls is compiled: the same that happens for ``module(x)``. No public name yet; where it is
-    gone, a graph break costs more compilations.
+    They may still be traced as part of a caller. After a graph break in a module, fcall's frames
+    run as plain Python, and what the module calls is compiled: the same that happens for
+    ``module(x)``. No public name yet; where it is gone, a graph break costs more compilations.
     """
     try:
         frames = torch._C._dynamo.eval_frame
         skip = frames._FrameExecStrategy(frames._FrameAction.SKIP, frames._FrameAction.DEFAULT)
-        frames.set_code_exec_strategy(fn.__code__, skip)
+        for code in _codes_of(functions_or_modules):
+            frames.set_code_exec_strategy(code, skip)
     except AttributeError:
         pass
-    return fn
+
+
+def _codes_of(things: Iterable[Any]) -> Iterator[CodeType]:
+    """Yield the code of functions, of all in modules and classes, and of what is nested in it."""
+    for thing in things:
+        if isinstance(thing, CodeType):
+            yield thing
+            yield from _codes_of(const for const in thing.co_consts if isinstance(const, CodeType))
+        elif isinstance(thing, FunctionType):
+            yield from _codes_of([thing.__code__])
+        elif isinstance(thing, ModuleType):
+            own = [
+                v for v in vars(thing).values() if getattr(v, "__module__", "") == thing.__name__
+            ]
+            yield from _codes_of(own)
+        elif isinstance(thing, type):
+            yield from _codes_of(v for v in vars(thing).values() if isinstance(v, FunctionType))
 
 
 @contextlib.contextmanager

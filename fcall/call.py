@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fcall import _torch, eager, errors, operator, routes
+from fcall import _torch, binding, eager, errors, operator, plan, routes, substitution
 from fcall.binding import check_values
 from fcall.plan import plan_for
 from fcall.substitution import substitution_of
@@ -101,7 +101,6 @@ def call_inlined(
     return _call(module, weights, args, kwargs, tie_weights, False, method, inline=True)
 
 
-@_torch.frame_not_traced_first
 def _call(
     module: nn.Module,
     dicts: Weights,
@@ -119,12 +118,12 @@ def _call(
     given = merge(dicts)
     names = tuple(given)
     if tracing:
-        binding, on_meta = operator.bind(module, names, tie_weights, strict)
-        substitution = substitution_of(module, binding)
+        bound, on_meta = operator.bind(module, names, tie_weights, strict)
+        swap = substitution_of(module, bound)
     else:
-        substitution = plan_for(module, names, tie_weights=tie_weights, strict=strict)
-        on_meta = [name for name, (store, key) in substitution.kept if store.get(key, None).is_meta]
-    check_values(module, given, substitution.same, tie_weights=tie_weights)
+        swap = plan_for(module, names, tie_weights=tie_weights, strict=strict)
+        on_meta = [name for name, (store, key) in swap.kept if store.get(key, None).is_meta]
+    check_values(module, given, swap.same, tie_weights=tie_weights)
     values = tuple(given.values())
     if on_meta:
         _refuse_meta(module, on_meta, (values, args, kwargs))
@@ -132,11 +131,11 @@ def _call(
     changed: dict[int, Any] = {}
     try:
         if not inline and (tracing or operator.is_recorded()):
-            out, changed = operator.call(module, method, substitution, names, values, args, kwargs)
+            out, changed = operator.call(module, method, swap, names, values, args, kwargs)
             return out
         routes.record(type(module).__name__, routes.EAGER)
         target = module if method is None else getattr(module, method)
-        return eager.run(substitution, values, lambda: target(*args, **kwargs), changed)
+        return eager.run(swap, values, lambda: target(*args, **kwargs), changed)
     finally:
         if changed:
             _write_back(dicts, {names[i]: value for i, value in changed.items()})
@@ -192,3 +191,9 @@ def _refuse_meta(module: nn.Module, on_meta: list[str], given: Any) -> None:
     leaves = _torch.pytree.tree_leaves(given)
     if any(isinstance(leaf, torch.Tensor) and not leaf.is_meta for leaf in leaves):
         errors.fail(errors.MetaTensorError, type(module).__name__, sorted(on_meta))
+
+
+# Graphs start at functional_call or above it, not in what it calls.
+_torch.start_no_graphs_in(
+    binding, eager.swap, plan, routes, substitution, _call, _write_back, merge, refuse_unsupported
+)

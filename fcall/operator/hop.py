@@ -44,9 +44,7 @@ class FunctionalCallOp(_torch.HigherOrderOperator):
     ) -> Any:
         if _torch.runs_pre_dispatch(self, operands) and not _torch.in_functorch_transform():
             return super().__call__(body, *operands, names=names)
-        if isinstance(body, GraphModule) and _torch.has_preserved_node_meta():
-            return Interpreter(body).run(*operands)  # keeps the stack traces of the body's nodes
-        return body(*operands)
+        return _run(body, operands)
 
 
 class BindOp(_torch.HigherOrderOperator):
@@ -78,7 +76,7 @@ def _record(
 
     def run(*operands: Any) -> list[Any]:
         # The body runs once, while it is recorded: running it again would mutate buffers twice.
-        results.append(body(*operands))
+        results.append(_run(body, operands))
         return _graph_outputs(results[-1])
 
     graph_module = _torch.reenter_make_fx(run)(*operands)
@@ -93,6 +91,12 @@ def _record(
     out = results[-1]
     _torch.track_tensor_tree(_graph_outputs(out), node, constant=None, tracer=mode.tracer)
     return out
+
+
+def _run(body: Callable[..., Any], operands: tuple[Any, ...]) -> Any:
+    if isinstance(body, GraphModule) and _torch.has_preserved_node_meta():
+        return Interpreter(body).run(*operands)  # keeps what the nodes know of the user's code
+    return body(*operands)
 
 
 def _graph_outputs(out: Any) -> list[Any]:
