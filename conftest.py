@@ -34,13 +34,13 @@ def _leave_document(namespace: dict[str, Any]) -> None:
 
 _in_markdown = Sybil(
     parsers=[PythonCodeBlockParser(), SkipParser()],
-    patterns=["README.md", "docs/**/*.md"],
+    patterns=["README.md", "docs/*.md"],
     setup=_enter_document,
     teardown=_leave_document,
 )
 _in_docstrings = Sybil(
     parsers=[DocTestParser(), PythonCodeBlockParser()],
-    patterns=["fcall/**/*.py"],
+    patterns=["fcall/*.py", "fcall/**/*.py"],
     document_types={".py": PythonDocStringDocument},
     setup=_enter_document,
     teardown=_leave_document,

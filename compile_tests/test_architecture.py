@@ -25,13 +25,14 @@ FILES = {
 
 FLOORS = [
     {"_torch", "routes"},
-    {"errors"},
-    {"binding"},
+    {"errors", "deprecation", "batch_norm"},
+    {"binding", "meta", "stacking"},
     {"substitution"},
     {"plan"},
     {"eager", "operator"},
     {"call"},
-    {"program"},
+    {"program", "substitute", "stateless", "func", "ensemble"},
+    {"functorch", "patch"},
     {"fcall"},  # the face
 ]
 """From the bottom. A file imports from lower floors, and from its own folder."""

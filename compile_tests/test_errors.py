@@ -201,6 +201,85 @@ CASES = [
             "so shape and dtype have to stay the same.",
         ],
     ),
+    Case(
+        "ModelHasBuffersError",
+        RuntimeError,
+        ("Normed", ["norm.running_mean"]),
+        [
+            "make_functional is for models without buffers, ",
+            "but Normed has ['norm.running_mean']. ",
+            "Use make_functional_with_buffers, ",
+            "or better fcall.functional_call.",
+        ],
+    ),
+    Case(
+        "ValuesCountError",
+        ValueError,
+        ("params", 4, 3),
+        [
+            "the function takes 4 params, but got 3. ",
+            "Pass the params that were returned with it, ",
+            "or as many others, in the same order.",
+        ],
+    ),
+    Case(
+        "PatchNotStartedError",
+        RuntimeError,
+        (),
+        [
+            "this patch_torch() is not started, so there is nothing to stop. ",
+            "Keep the object that you started: ",
+            "patch = fcall.patch_torch(); patch.start(); ...; patch.stop().",
+        ],
+    ),
+    Case(
+        "InPlaceUnderTransformError",
+        RuntimeError,
+        ("Net", ["a.mean", "a.var"], "add_ would mutate a captured Tensor."),
+        [
+            "Net writes in place under a transform, which refuses to write ",
+            "into a tensor captured from around it. ",
+            "Its buffers are ['a.mean', 'a.var']. ",
+            "Pass the buffers as an argument of the transformed function, ",
+            "as in grad(f)(params, buffers, x); ",
+            "or copy them in it and return the copies as aux. ",
+            "torch says: add_ would mutate a captured Tensor.",
+        ],
+    ),
+    Case(
+        "TangentsError",
+        RuntimeError,
+        ("shape at position 0", "(3,)", "(2, 3)"),
+        [
+            "the tangents given to the function that linearize returned are not like the primals: ",
+            "the shape at position 0 is (3,), but (2, 3) was expected.",
+        ],
+    ),
+    Case(
+        "FunctionalizeOptionError",
+        RuntimeError,
+        ("views",),
+        [
+            "functionalize removes 'mutations' or 'mutations_and_views', ",
+            "but got the invalid argument remove='views'.",
+        ],
+    ),
+    Case(
+        "NoModelsError",
+        RuntimeError,
+        (),
+        ["stack_module_state: Expected at least one model, got 0."],
+    ),
+    Case(
+        "UnlikeModelsError",
+        RuntimeError,
+        (2, "the shape of 'l1.bias'", "(3,)", "(4,)"),
+        [
+            "models[2] can't be stacked with models[0]: ",
+            "the shape of 'l1.bias' is (3,), but (4,) in models[0]. ",
+            "Stack models that differ in nothing but the values of their parameters and buffers.",
+        ],
+    ),
 ]
 
 each = pytest.mark.parametrize("case", CASES, ids=[case.error for case in CASES])

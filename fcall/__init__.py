@@ -1,17 +1,32 @@
 """Call an ``nn.Module`` as a pure function of its parameters and buffers, for compilers to see."""
 
-from fcall import errors
+from fcall import errors, func, functorch, stateless
+from fcall.batch_norm import replace_all_batch_norm_modules_
 from fcall.call import functional_call
+from fcall.ensemble import Ensemble
+from fcall.meta import meta_copy
+from fcall.patch import patch_torch
 from fcall.program import CompiledCall, compile, export
 from fcall.routes import Route, record_routes
+from fcall.stacking import stack_module_state
+from fcall.substitute import substitute
 
 __all__ = [
     "CompiledCall",
+    "Ensemble",
     "Route",
     "compile",
     "errors",
     "export",
+    "func",
     "functional_call",
+    "functorch",
+    "meta_copy",
+    "patch_torch",
     "record_routes",
+    "replace_all_batch_norm_modules_",
+    "stack_module_state",
+    "stateless",
+    "substitute",
 ]
 __version__ = "0.1.0"

@@ -8,13 +8,16 @@ at the first trace, since importing ``torch._dynamo`` takes longer than the rest
 
 from __future__ import annotations
 
-import contextlib
 import functools
+import importlib
 from collections.abc import Callable, Iterable, Iterator
 from types import CodeType, FunctionType, ModuleType, SimpleNamespace
 from typing import Any, TypeVar
 
 import torch
+
+# The base of all batch norms, those that are lazy or synchronised too. No public name.
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from torch.nn.utils import parametrize
 
 # Flattening of nested arguments. Goes when the public torch.utils.pytree has its functions.
@@ -22,19 +25,22 @@ from torch.utils import _pytree as pytree
 
 __all__ = [
     "OPERATOR_PROBLEM",
+    "BatchNorm",
     "DynamoUnavailableError",
     "HigherOrderOperator",
     "ProxyTorchDispatchMode",
     "allow_rnns_in_this_trace",
     "dynamo",
     "evaluated_while_tracing",
+    "functional_calls",
     "has_preserved_node_meta",
     "in_functorch_transform",
+    "in_proxy_mode",
     "pre_dispatch_proxy_mode",
     "pytree",
     "reenter_make_fx",
     "runs_pre_dispatch",
-    "separate_parametrization_cache",
+    "set_parametrization_cache",
     "start_no_graphs_in",
     "track_tensor_tree",
 ]
@@ -60,6 +66,7 @@ try:
     _peek_interpreter_stack = torch._C._functorch.peek_interpreter_stack
     _pre_dispatch = torch._C.DispatchKey.PreDispatch
     _proxy = torch._C._TorchDispatchModeKey.PROXY
+    _get_dispatch_mode = torch._C._get_dispatch_mode
 except (ImportError, AttributeError) as error:
     OPERATOR_PROBLEM = str(error)
 
@@ -78,6 +85,11 @@ def runs_pre_dispatch(operator: HigherOrderOperator, operands: tuple[Any, ...]) 
 def pre_dispatch_proxy_mode() -> bool:
     """Whether ``make_fx(pre_dispatch=True)`` or non-strict export is recording the caller."""
     return _get_dispatch_mode_pre_dispatch(_proxy) is not None
+
+
+def in_proxy_mode() -> bool:
+    """Whether ``make_fx`` in any of its modes, or non-strict export, is recording the caller."""
+    return pre_dispatch_proxy_mode() or _get_dispatch_mode(_proxy) is not None
 
 
 def evaluated_while_tracing(fn: F) -> F:
@@ -122,22 +134,44 @@ def _codes_of(things: Iterable[Any]) -> Iterator[CodeType]:
             yield from _codes_of(v for v in vars(thing).values() if isinstance(v, FunctionType))
 
 
-@contextlib.contextmanager
-def separate_parametrization_cache() -> Iterator[None]:
-    """Keep what a call computes apart from what ``parametrize.cached()`` has outside of it.
+def set_parametrization_cache(cache: dict[Any, Any] | None) -> dict[Any, Any] | None:
+    """Set what ``parametrize.cached()`` keeps its tensors in, and return what that was.
 
-    The cache knows a tensor by its module and name, whatever the weights. Where torch keeps it
-    otherwise some day, this does nothing.
+    It knows a tensor by its module and name, whatever the weights. Where torch keeps it otherwise
+    some day, or nothing is kept, there is nothing to set, and the result is None.
     """
-    outside = getattr(parametrize, "_cache", None)
-    if not outside and not getattr(parametrize, "_cache_enabled", 0):
-        yield
-        return
-    parametrize._cache = {}
-    try:
-        yield
-    finally:
-        parametrize._cache = outside  # type: ignore[assignment]
+    before: dict[Any, Any] | None = getattr(parametrize, "_cache", None)
+    if cache is None or not (before or bool(getattr(parametrize, "_cache_enabled", False))):
+        return None
+    parametrize._cache = cache
+    return before
+
+
+FUNCTIONAL_CALLS = [
+    # The public name.
+    ("torch.func", "torch.func", "functional_call"),
+    # Its home, from which torch.func imports it: some libraries do so too.
+    ("torch.func", "torch._functorch.functional_call", "functional_call"),
+    # The older public name, deprecated.
+    ("stateless", "torch.nn.utils.stateless", "functional_call"),
+    # What both call: so those who imported one of them by name are reached too.
+    ("stateless, private", "torch.nn.utils.stateless", "_functional_call"),
+]
+"""The places of torch's ``functional_call``: which of its three forms, the module, the attribute.
+
+They go when torch's function does; :func:`functional_calls` leaves out what is gone.
+"""
+
+
+def functional_calls() -> Iterator[tuple[str, ModuleType, str]]:
+    """Yield those of :data:`FUNCTIONAL_CALLS` that this torch has, with their modules."""
+    for form, module, name in FUNCTIONAL_CALLS:
+        try:
+            home = importlib.import_module(module)
+        except ImportError:
+            continue
+        if hasattr(home, name):
+            yield form, home, name
 
 
 class DynamoUnavailableError(Exception):

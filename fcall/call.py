@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from fcall import _torch, binding, eager, errors, operator, plan, routes, substitution
 from fcall.binding import check_values
+from fcall.eager.refused import explain_refused_write
 from fcall.plan import plan_for
-from fcall.substitution import substitution_of
+from fcall.substitution import Substitution, substitution_of
 
 __all__ = ["Weights", "functional_call"]
 
@@ -57,6 +58,8 @@ def functional_call(
 
     Raises:
         DuplicateNameError: a name is in two dicts (a ``ValueError``).
+        InPlaceUnderTransformError: the module writes in place into a tensor that a transform shares
+            (``RuntimeError``).
         InvalidDictsError: neither a mapping nor a sequence of mappings (a ``ValueError``).
         InvalidNameError: a key is not a dotted name (a ``KeyError``).
         MetaTensorError: a tensor on meta has no value in a call with real ones (``RuntimeError``).
@@ -111,34 +114,65 @@ def _call(
     method: str | None,
     inline: bool = False,
 ) -> Any:
+    names, values, substitution = prepare(
+        module, dicts, (args, kwargs), tie_weights=tie_weights, strict=strict, method=method
+    )
+    if not inline and (torch.compiler.is_dynamo_compiling() or operator.is_recorded()):
+        out, changed = operator.call(module, method, substitution, names, values, args, kwargs)
+        write_back(dicts, names, changed)
+        return out
+    routes.record(type(module).__name__, routes.EAGER)
+    target = module if method is None else getattr(module, method)
+    swap = eager.Swap(substitution, values)
+    try:
+        with swap:
+            return target(*args, **kwargs)
+    except RuntimeError as error:
+        if not torch.compiler.is_dynamo_compiling():
+            explain_refused_write(module, error)
+        raise
+    finally:
+        write_back(dicts, names, swap.changed)
+
+
+def prepare(
+    module: nn.Module,
+    dicts: Weights,
+    inputs: Any,
+    *,
+    tie_weights: bool,
+    strict: bool,
+    method: str | None = None,
+) -> tuple[tuple[str, ...], tuple[Any, ...], Substitution]:
+    """Check what is given, and return the names, their values, and where these go."""
     tracing = torch.compiler.is_dynamo_compiling()
     if tracing:
         _torch.allow_rnns_in_this_trace()
     refuse_unsupported(module, method)
     given = merge(dicts)
-    names = tuple(given)
+    names, values = tuple(given), tuple(given.values())
     if tracing:
         bound, on_meta = operator.bind(module, names, tie_weights, strict)
-        swap = substitution_of(module, bound)
+        found = substitution_of(module, bound)
     else:
-        swap = plan_for(module, names, tie_weights=tie_weights, strict=strict)
-        on_meta = [name for name, (store, key) in swap.kept if store.get(key, None).is_meta]
-    check_values(module, given, swap.same, tie_weights=tie_weights)
-    values = tuple(given.values())
+        found = plan_for(module, names, tie_weights=tie_weights, strict=strict)
+        on_meta = [name for name, (store, key) in found.kept if store.get(key, None).is_meta]
+    check_values(module, given, found.same, tie_weights=tie_weights)
     if on_meta:
-        _refuse_meta(module, on_meta, (values, args, kwargs))
+        _refuse_meta(module, on_meta, (values, inputs))
+    return names, values, found
 
-    changed: dict[int, Any] = {}
-    try:
-        if not inline and (tracing or operator.is_recorded()):
-            out, changed = operator.call(module, method, swap, names, values, args, kwargs)
-            return out
+
+def swap_for_block(
+    module: nn.Module, dicts: Weights, *, tie_weights: bool, strict: bool
+) -> tuple[tuple[str, ...], eager.Swap]:
+    """Return the names given, and the context in which their values stand in ``module``."""
+    names, values, substitution = prepare(module, dicts, (), tie_weights=tie_weights, strict=strict)
+    if torch.compiler.is_dynamo_compiling():
+        operator.record_inlined(type(module).__name__, "a block of calls is no single call")
+    else:
         routes.record(type(module).__name__, routes.EAGER)
-        target = module if method is None else getattr(module, method)
-        return eager.run(swap, values, lambda: target(*args, **kwargs), changed)
-    finally:
-        if changed:
-            _write_back(dicts, {names[i]: value for i, value in changed.items()})
+    return names, eager.Swap(substitution, values)
 
 
 def merge(dicts: Weights) -> dict[str, Any]:
@@ -158,14 +192,15 @@ def merge(dicts: Weights) -> dict[str, Any]:
     return given
 
 
-def _write_back(dicts: Weights, changed: Mapping[str, Any]) -> None:
+def write_back(dicts: Weights, names: Sequence[str], changed: Mapping[int, Any]) -> None:
     """Replace what the module reassigned, in the mapping that the name came in."""
-    for part in [dicts] if isinstance(dicts, Mapping) else dicts:
-        for name in changed:
+    for number, value in changed.items():
+        name = names[number]
+        for part in [dicts] if isinstance(dicts, Mapping) else dicts:
             if name in part:
                 if not isinstance(part, MutableMapping):
                     errors.fail(errors.ReadOnlyMappingError, name, type(part).__name__)
-                part[name] = changed[name]
+                part[name] = value
 
 
 def refuse_unsupported(module: nn.Module, method: str | None) -> None:
@@ -195,5 +230,11 @@ def _refuse_meta(module: nn.Module, on_meta: list[str], given: Any) -> None:
 
 # Graphs start at functional_call or above it, not in what it calls.
 _torch.start_no_graphs_in(
-    binding, eager.swap, plan, routes, substitution, _call, _write_back, merge, refuse_unsupported
+    _torch,
+    binding,
+    eager.swap,
+    plan,
+    routes,
+    substitution,
+    *(_call, merge, prepare, refuse_unsupported, write_back),
 )

@@ -93,8 +93,8 @@ def _current_plan(
     plan = _Plan(module, names, tie_weights, strict)
     if plan.cacheable:
         plans.pop(key, None)  # so that the newest is last
-        while len(plans) >= PLANS_PER_MODULE:
-            plans.pop(next(iter(plans)))
+        for oldest in list(plans)[: 1 - PLANS_PER_MODULE]:  # other threads may do the same
+            plans.pop(oldest, None)
         plans[key] = plan
     return plan, plan.live_owners()
 

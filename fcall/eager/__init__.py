@@ -1,5 +1,5 @@
 """The route of a call outside of any trace: values are swapped into the live module."""
 
-from fcall.eager.swap import run
+from fcall.eager.swap import Swap
 
-__all__ = ["run"]
+__all__ = ["Swap"]

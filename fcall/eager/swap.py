@@ -1,9 +1,11 @@
-"""One eager call: swap the values in, call, swap them out."""
+"""Substitution in the live module: values in, then out again, and nothing left behind."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
+
+import torch
 
 from fcall import _torch
 from fcall.substitution import (
@@ -16,36 +18,44 @@ from fcall.substitution import (
     swap_out,
 )
 
-__all__ = ["run"]
+__all__ = ["Swap"]
 
 
-def run(
-    substitution: Substitution,
-    values: Sequence[Any],
-    call: Callable[[], Any],
-    changed: dict[int, Any],
-) -> Any:
-    """Return ``call()``, made while ``values`` stand in the module.
+class Swap:
+    """A context in which the given values stand in the module. It is mutated until then.
 
-    Args:
-        substitution: Where the values go. The module is mutated during the call only.
-        values: The given values.
-        call: Calls the module.
-        changed: Filled with what the module reassigned, by the numbers of the values; also when
-            ``call`` raises.
+    Under Dynamo it is traced as a part of the caller's graph.
     """
-    originals: list[Any] = []
-    orders = _key_orders(substitution)
-    lists = rnn_lists(substitution.rnns)
-    try:
-        swap_in(substitution.entries, [values[i] for i in substitution.sources], originals)
-        with _torch.separate_parametrization_cache():
-            return call()
-    finally:
-        after = swap_out(substitution.entries, originals)
-        put_back_rnn_lists(lists)
-        _put_back_key_orders(orders)
-        changed.update(reassigned(substitution, values, after))
+
+    def __init__(self, substitution: Substitution, values: Sequence[Any]) -> None:
+        self.substitution = substitution
+        self.values = values
+        self.changed: dict[int, Any] = {}
+        """What the module reassigned, by the numbers of the values; known when the context ends."""
+        self._originals: list[Any] = []
+        self._orders: list[tuple[dict[str, Any], list[str]]] = []
+        self._cache: Any = None
+
+    def __enter__(self) -> Swap:
+        if not torch.compiler.is_dynamo_compiling():
+            self._orders = _key_orders(self.substitution)
+            self._cache = _torch.set_parametrization_cache({})
+        self._lists = rnn_lists(self.substitution.rnns)
+        try:
+            values = [self.values[i] for i in self.substitution.sources]
+            swap_in(self.substitution.entries, values, self._originals)
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        after = swap_out(self.substitution.entries, self._originals)
+        put_back_rnn_lists(self._lists)
+        if not torch.compiler.is_dynamo_compiling():
+            _torch.set_parametrization_cache(self._cache)
+            _put_back_key_orders(self._orders)
+        self.changed = reassigned(self.substitution, self.values, after)
 
 
 def _key_orders(substitution: Substitution) -> list[tuple[dict[str, Any], list[str]]]:

@@ -24,7 +24,7 @@ from fcall.substitution import (
 if not _torch.OPERATOR_PROBLEM:
     from fcall.operator.hop import bind_op, functional_call_op
 
-__all__ = ["bind", "call", "is_recorded"]
+__all__ = ["bind", "call", "is_recorded", "record_inlined"]
 
 
 def is_recorded() -> bool:
@@ -101,7 +101,7 @@ def call(
 
     operands = (*values, *[leaves[i] for i in tensors])
     if torch.compiler.is_dynamo_compiling() and problem_with_dynamo():
-        _record_inlined(class_name)
+        record_inlined(class_name, problem_with_dynamo())
         return body(*operands)
     names_of_inputs = input_names(module, method, args, kwargs)
     out, changed = functional_call_op(
@@ -137,5 +137,6 @@ def _with_kept(
 
 
 @_torch.evaluated_while_tracing
-def _record_inlined(class_name: str) -> None:
-    routes.record(class_name, routes.INLINED, problem_with_dynamo())
+def record_inlined(class_name: str, reason: str) -> None:
+    """Record, while tracing, a call that is traced into the caller's graph."""
+    routes.record(class_name, routes.INLINED, reason)
