@@ -26,8 +26,8 @@ FILES = {
 FLOORS = [
     {"_torch", "routes"},
     {"errors", "deprecation", "batch_norm"},
-    {"binding", "meta", "stacking"},
-    {"substitution"},
+    {"binding", "meta"},
+    {"substitution", "stacking"},
     {"plan"},
     {"eager", "operator"},
     {"call"},

@@ -14,24 +14,12 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import fcall
 from compile_tests.support.compiled import capture
 from compile_tests.support.graphs import body_of, text_of
-from compile_tests.support.models import MLP
+from compile_tests.support.models import MLP, Owner
 from compile_tests.support.oracle import state_of
 
 pytestmark = pytest.mark.compiled
 
 call = fcall.functional_call
-
-
-class Owner(nn.Module):
-    """Calls a submodule of its own with halved weights."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = MLP()
-
-    def forward(self, x: Tensor) -> Tensor:
-        halved = {name: value / 2 for name, value in self.inner.named_parameters()}
-        return call(self.inner, halved, x)
 
 
 @pytest.mark.skipif(

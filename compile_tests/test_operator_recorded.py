@@ -16,7 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import fcall
 from compile_tests.support.graphs import body_of, fcall_nodes
-from compile_tests.support.models import MLP, Counter, Normed
+from compile_tests.support.models import MLP, Counter, Normed, Owner
 from compile_tests.support.oracle import assert_close, state_of, unchanged
 
 pytestmark = pytest.mark.compiled
@@ -29,18 +29,6 @@ STRICT = pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "st
 def export(module: nn.Module, *args: Any, strict: bool, **options: Any) -> ExportedProgram:
     with unchanged(module):
         return torch.export.export(module, args, strict=strict, **options)
-
-
-class Owner(nn.Module):
-    """Calls a submodule of its own with halved weights."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = MLP()
-
-    def forward(self, x: Tensor) -> Tensor:
-        halved = {name: value / 2 for name, value in self.inner.named_parameters()}
-        return call(self.inner, halved, x)
 
 
 class OwnsPartly(Owner):

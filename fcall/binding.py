@@ -30,6 +30,7 @@ __all__ = [
     "is_tensor_like",
     "kept_on_meta",
     "owner_at",
+    "refuse_lazy",
 ]
 
 COMPILED_PART = "_orig_mod"
@@ -148,9 +149,14 @@ def _find(
     return found, unexpected
 
 
-def _refuse_lazy(module: nn.Module, given: Iterable[tuple[str, Slot, Any]]) -> None:
+def refuse_lazy(module: nn.Module, named: Iterable[tuple[str, Any]]) -> None:
+    """Refuse tensors, given with their names, that a lazy module has not made yet.
+
+    Raises:
+        LazyModuleError: with the names of all of them.
+    """
     lazy = (UninitializedParameter, UninitializedBuffer)
-    names = [name for name, _, tensor in given if isinstance(tensor, lazy)]
+    names = [name for name, tensor in named if isinstance(tensor, lazy)]
     if names:
         errors.fail(errors.LazyModuleError, type(module).__name__, sorted(names))
 
@@ -190,7 +196,7 @@ def bind(module: nn.Module, names: Sequence[str], *, tie_weights: bool, strict: 
     if strict and (missing or unexpected):
         type_name = type(module).__name__
         errors.fail(errors.StrictKeysError, type_name, missing, unexpected, list(slots))
-    _refuse_lazy(module, [tensor for tensor in named if group_of[tensor[0]] in givers])
+    refuse_lazy(module, [(n, tensor) for n, _, tensor in named if group_of[n] in givers])
 
     kept: dict[str, Slot] = {}
     written: dict[str, tuple[Slot, int]] = {}

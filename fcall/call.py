@@ -128,8 +128,7 @@ def _call(
         with swap:
             return target(*args, **kwargs)
     except RuntimeError as error:
-        if not torch.compiler.is_dynamo_compiling():
-            explain_refused_write(module, error)
+        explain_refused_write(module, error)
         raise
     finally:
         write_back(dicts, names, swap.changed)

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.nn.utils.parametrize import type_before_parametrizations
 
 from fcall import errors
+from fcall.binding import refuse_lazy
 
 __all__ = ["stack_module_state"]
 
@@ -82,11 +82,7 @@ def _stack(states: list[dict[str, Any]], remove_duplicate: bool) -> dict[str, Te
 def _check_alike(models: Sequence[nn.Module] | nn.ModuleList) -> None:
     """Refuse models that differ from the first, or are not ready."""
     for model in models:
-        lazy = (UninitializedParameter, UninitializedBuffer)
-        state = (*model.named_parameters(), *model.named_buffers())
-        names = [name for name, tensor in state if isinstance(tensor, lazy)]
-        if names:
-            errors.fail(errors.LazyModuleError, type(model).__name__, sorted(names))
+        refuse_lazy(model, (*model.named_parameters(), *model.named_buffers()))
     expected = dict(_traits(models[0]))
     for index, model in enumerate(models):
         traits = dict(_traits(model))

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+import fcall
+
 
 class MLP(nn.Module):
     """Two layers, ``(batch, 3) -> (batch, 2)``; with a method other than forward."""
@@ -168,6 +170,18 @@ class Plain(nn.Module):
     def forward(self) -> list[float]:
         names = ("weight", "plain", "scale", "_stored", "extra")
         return [getattr(self, name, torch.tensor(-1)).item() for name in names]
+
+
+class Owner(nn.Module):
+    """Calls a submodule of its own with halved weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = MLP()
+
+    def forward(self, x: Tensor) -> Tensor:
+        halved = {name: value / 2 for name, value in self.inner.named_parameters()}
+        return fcall.functional_call(self.inner, halved, x)
 
 
 EXAMPLES: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
