@@ -26,7 +26,7 @@ FILES = {
 FLOORS = [
     {"_torch", "routes"},
     {"errors", "deprecation", "batch_norm"},
-    {"binding", "meta"},
+    {"binding", "meta", "refused", "rnn"},
     {"substitution", "stacking"},
     {"plan"},
     {"eager", "operator"},

@@ -9,24 +9,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.functional import group_norm
 
 import fcall
-from compile_tests.support.compiled import capture, check_compiled, fresh
+from compile_tests.support.compiled import capture, check_compiled, run, traced_or_not
 from compile_tests.support.models import MLP, Attention, Normed, Tied
 from compile_tests.support.oracle import assert_close, in_float64, loaded, state_of, unchanged
-from fcall import errors, func, functional_call
+from fcall import func, functional_call
 
 Params = dict[str, Tensor]
 compiled = pytest.mark.compiled
-traced_or_not = pytest.mark.parametrize(
-    "traced", [pytest.param(False, id="eager"), pytest.param(True, id="compiled", marks=compiled)]
-)
-
-
-def run(traced: bool, fn: Callable[..., Any], *args: Any) -> Any:
-    """Call ``fn``, eagerly or as one graph."""
-    return capture(fn, *args).out if traced else fn(*args)
 
 
 # --- The namespace ------------------------------------------------------------------------------
@@ -45,6 +37,9 @@ def test_what_is_not_torchs_own() -> None:
     assert differing == {
         "functional_call",
         "functionalize",
+        "hessian",
+        "jacfwd",
+        "jvp",
         "linearize",
         "replace_all_batch_norm_modules_",
         "stack_module_state",
@@ -124,23 +119,17 @@ NESTED: dict[str, Transform] = {
     "vmap(jvp(grad))": lambda F, f, w, x: F.vmap(
         lambda w: F.jvp(lambda w: F.grad(loss_of(f))(w, x), (w,), (w.cos(),))
     )(two_of(w)),
+    "vmap(jacfwd)": lambda F, f, w, x: F.vmap(lambda w: F.jacfwd(f)(w, x))(two_of(w)),
+    "vmap(hessian)": lambda F, f, w, x: F.vmap(lambda w: F.hessian(loss_of(f))(w, x))(two_of(w)),
 }
 TRANSFORMS = {**SINGLE, **NESTED}
 
-# torch cannot compile forward mode through group norm with a weight, or through batch norm, with or
-# without fcall: an internal assertion fails on fake tensors, and spoils what is compiled later in
-# the process, so that no test can pin it. The same goes for forward mode under two vmaps, as in
-# vmap(jacfwd(f)) and vmap(hessian(f)).
-FORWARD_MODE = {
-    *("jvp", "jacfwd", "hessian", "linearize"),
-    *("jacfwd(jacrev(grad))", "vmap(jvp(grad))"),
-}
 # test_transforms.py compiles the others over MLP and Attention.
 NOT_COMPILED_ELSEWHERE = {"linearize", "functionalize", *NESTED}
 COMPILED = [
     *(("MLP", name) for name in TRANSFORMS if name in NOT_COMPILED_ELSEWHERE),
     *(("Attention", name) for name in TRANSFORMS if name in NOT_COMPILED_ELSEWHERE),
-    *(("GroupNormed", name) for name in TRANSFORMS if name not in FORWARD_MODE),
+    *(("GroupNormed", name) for name in TRANSFORMS),
     *(("Tied", name) for name in TRANSFORMS),
 ]
 
@@ -188,6 +177,43 @@ def test_transforms_in_one_graph(model: str, name: str) -> None:
     assert set(result.kinds) == {"operator"}
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # torch's own, of vmap
+@traced_or_not
+@pytest.mark.parametrize("name", ["jvp", "jacfwd", "hessian", "linearize", "vmap(jvp(grad))"])
+def test_forward_mode_through_batch_norm(traced: bool, name: str) -> None:
+    module = Normed().eval()
+    p, x = state_of(module, seed=1), torch.rand(4, 2, 6, 6)
+    out = run(traced, transformed(name, func, functional_call, module, "norm.weight"), p, x)
+    twin = loaded(module, p)
+    args = twin, "norm.weight"
+    reference = transformed(name, torch.func, torch.func.functional_call, *args)
+    assert_close(out, reference(in_float64(p), in_float64(x)))
+
+
+@compiled
+@pytest.mark.parametrize(
+    "fn",
+    [
+        pytest.param(
+            lambda w, F: F.jvp(lambda w: group_norm(torch.eye(4)[None], 2, w), (w,), (w,)),
+            id="a tangent for the weight alone",
+        ),
+        pytest.param(
+            lambda w, F: F.vmap(F.jacfwd(lambda w: (w * 1.0).sin()))(torch.stack([w, w])),
+            id="a number under two transforms",
+        ),
+        pytest.param(
+            lambda w, F: F.vmap(F.hessian(lambda w: (w * 1.0).sin().sum()))(torch.stack([w, w])),
+            id="hessian",
+        ),
+    ],
+)
+def test_forward_mode_of_functions_without_a_call(fn: Callable[..., Any]) -> None:
+    """torch cannot compile these. No test pins that: its failure spoils the process."""
+    w = torch.linspace(0.1, 1, 4)
+    assert_close(capture(lambda w: fn(w, func), w).out, fn(w, torch.func))
+
+
 @compiled
 def test_per_sample_gradients_of_transforms_made_outside() -> None:
     """Transforms may be applied before the trace, as well as in it."""
@@ -195,158 +221,6 @@ def test_per_sample_gradients_of_transforms_made_outside() -> None:
     f = func.functionalize(lambda p, x: functional_call(module, p, x[None]).square().sum())
     each = func.vmap(func.grad(f), (None, 0))
     check_compiled(each, p, x, module=module)
-
-
-# --- linearize ----------------------------------------------------------------------------------
-
-X = torch.linspace(0.1, 1, 6, dtype=torch.float64).view(2, 3)
-SLOPE, CURVE = X.cos(), X.cos() - X * X.sin()  # of sin(x), and of x * cos(x)
-
-
-def push_itself(x: Tensor) -> Tensor:
-    """``x * cos(x)``, by linearization of ``sin`` at ``x``."""
-    return func.linearize(torch.sin, x)[1](x)
-
-
-@traced_or_not
-@pytest.mark.parametrize(
-    ("fn", "value"),
-    [
-        pytest.param(push_itself, X * SLOPE, id="alone"),
-        pytest.param(func.grad(lambda x: push_itself(x).sum()), CURVE, id="in grad"),
-        pytest.param(func.vmap(push_itself), X * SLOPE, id="in vmap"),
-        pytest.param(lambda x: func.jvp(push_itself, (x,), (x,))[1], X * CURVE, id="in jvp"),
-        pytest.param(
-            lambda x: func.vmap(func.linearize(torch.sin, x)[1])(torch.stack([x, -x])),
-            torch.stack([X * SLOPE, -X * SLOPE]),
-            id="vmap over tangents",
-        ),
-    ],
-)
-def test_linearize_nests(traced: bool, fn: Callable[..., Any], value: Tensor) -> None:
-    assert_close(run(traced, fn, X), value)
-
-
-@compiled
-def test_linearize_of_linearize() -> None:
-    """Eagerly it is torch's error: ``linearize`` opens a level of forward mode, and only one."""
-    fn = lambda x: func.linearize(push_itself, x)[1](x)  # noqa: E731
-    assert_close(capture(fn, X).out, X * CURVE)
-
-
-def test_torchs_linearize_is_wrong_in_grad_and_in_make_fx() -> None:
-    """Should this fail, torch has caught up: use its own there, and say so."""
-    torch_push = lambda x: torch.func.linearize(torch.sin, x)[1](x)  # noqa: E731
-    gradient = torch.func.grad(lambda x: torch_push(x).sum())(X)
-    assert not torch.allclose(gradient, CURVE, equal_nan=False)
-    assert not torch.allclose(make_fx(torch_push)(X)(X * 2), make_fx(push_itself)(X)(X * 2))
-
-
-@pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
-def test_linearize_recorded_by_make_fx(mode: str) -> None:
-    graph = make_fx(push_itself, tracing_mode=mode)(X)
-    assert_close(graph(X * 2), 2 * X * (2 * X).cos())
-
-
-@compiled
-@pytest.mark.parametrize("strict", [False, True])
-def test_both_can_be_exported(strict: bool) -> None:
-    class Both(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return func.functionalize(lambda x: push_itself(x).add_(1))(x)
-
-    program = torch.export.export(Both(), (X,), strict=strict)
-    assert_close(program.module()(X * 2), 1 + 2 * X * (2 * X).cos())
-
-
-@traced_or_not
-def test_linearize_keeps_the_gradients_of_weights(traced: bool) -> None:
-    def fn(p: Params, x: Tensor) -> Tensor:
-        return func.linearize(lambda x: functional_call(module, p, x), x)[1](x)
-
-    module, p, x, _ = case("MLP")
-    p = {name: value.requires_grad_() for name, value in p.items()}
-    run(traced, fn, p, x).sum().backward()
-    other = fresh(p)
-    torch.func.jvp(lambda x: functional_call(module, other, x), (x,), (x,))[1].sum().backward()
-    assert_close(p["l1.weight"].grad, other["l1.weight"].grad)
-
-
-@traced_or_not
-def test_linearize_of_nested_arguments(traced: bool) -> None:
-    def fn(a: Tensor, b: Tensor) -> Any:
-        product = lambda d, s: {"product": d["a"] * d["b"] * s, "one": d["a"]}  # noqa: E731
-        out, push = func.linearize(product, {"a": a, "b": b}, b)
-        return out, push({"a": b, "b": a}, a)
-
-    out, tangent = run(traced, fn, X, X + 1)
-    y = X + 1
-    assert_close(out, {"product": X * y * y, "one": X})
-    assert_close(tangent, {"product": y * y * y + X * X * y + X * y * X, "one": y})
-
-
-@compiled
-def test_the_approximation_leaves_the_graph() -> None:
-    out, push = capture(lambda x: func.linearize(torch.sin, x), X).out
-    assert_close((out, push(X)), (X.sin(), X * SLOPE))
-
-
-@traced_or_not
-@pytest.mark.parametrize(
-    ("tangents", "message"),
-    [
-        ((X[0],), "the shape at position 0 is (3,), but (2, 3) was expected."),
-        ((X.float(),), "the dtype at position 0 is torch.float32, but torch.float64 was expected."),
-        (([X],), "the nesting is "),
-        ((X, X), "the nesting is "),
-    ],
-)
-def test_tangents_unlike_the_primals(traced: bool, tangents: Any, message: str) -> None:
-    with pytest.raises(errors.TangentsError) as caught:
-        run(traced, lambda x, t: func.linearize(torch.sin, x)[1](*t), X, tangents)
-    assert message in str(caught.value)
-
-
-# --- functionalize ------------------------------------------------------------------------------
-
-
-@traced_or_not
-@pytest.mark.parametrize("remove", ["mutations", "mutations_and_views"])
-def test_functionalize_keeps_what_is_written_into_arguments(traced: bool, remove: str) -> None:
-    def fn(x: Tensor, *, by: Tensor) -> Tensor:
-        """Add."""
-        x.view(-1).add_(1)
-        return x * by
-
-    wrapped = func.functionalize(fn, remove=remove)
-    assert (wrapped.__name__, wrapped.__doc__) == ("fn", "Add.")
-    for call in (
-        lambda x: wrapped(x, by=X),
-        lambda x: func.functionalize(fn, remove=remove)(x, by=X),
-    ):
-        x = X.clone()
-        assert_close(run(traced, call, x), (X + 1) * X)
-        assert_close(x, X + 1)
-
-
-@traced_or_not
-def test_functionalize_in_and_over_grad(traced: bool) -> None:
-    def f(x: Tensor) -> Tensor:
-        return x.sin().mul_(2).sum()
-
-    assert_close(run(traced, func.grad(func.functionalize(f)), X), 2 * SLOPE)
-    assert_close(run(traced, func.functionalize(func.grad(f)), X), 2 * SLOPE)
-
-
-def test_functionalize_recorded_by_make_fx() -> None:
-    graph = make_fx(func.functionalize(lambda x: x.clone().add_(1)))(X)
-    assert not [n for n in graph.graph.nodes if str(n.target).startswith("aten.add_")]
-
-
-@traced_or_not
-def test_functionalize_with_an_unknown_option(traced: bool) -> None:
-    with pytest.raises(errors.FunctionalizeOptionError, match="remove='views'"):
-        run(traced, lambda x: func.functionalize(torch.sin, remove="views")(x), X)
 
 
 # --- Randomness ---------------------------------------------------------------------------------
@@ -387,116 +261,3 @@ def test_dropout_under_vmap_is_an_error_by_default(traced: bool) -> None:
     module, x = Dropped(), torch.ones(2, 3)
     with pytest.raises(RuntimeError, match="randomness error mode"):
         run(traced, func.vmap(lambda x: functional_call(module, {}, x)), x)
-
-
-# --- Writes in place that a transform refuses ---------------------------------------------------
-
-
-def split(module: nn.Module) -> tuple[Params, Params]:
-    p = {name: value.detach().clone() for name, value in module.named_parameters()}
-    return p, {name: value.clone() for name, value in module.named_buffers()}
-
-
-IMAGES = torch.rand(4, 2, 6, 6)
-
-
-@pytest.mark.parametrize("given", ["captured", "own"])
-@pytest.mark.parametrize("transform", ["grad", "vjp", "jvp", "jacrev"])
-def test_a_write_that_grad_refuses(transform: str, given: str) -> None:
-    module = Normed()
-    p, buffers = split(module)
-
-    def loss(p: Params) -> Tensor:
-        weights = (p, buffers) if given == "captured" else p
-        return functional_call(module, weights, IMAGES).sum()
-
-    more = ((p,), (p,)) if transform == "jvp" else (p,)
-    apply = getattr(func, transform)
-    with unchanged(module), pytest.raises(errors.InPlaceUnderTransformError) as caught:
-        apply(loss, *more) if transform in ("jvp", "vjp") else apply(loss)(*more)
-    for clause in (
-        "Normed writes in place under a transform",
-        "buffers are ['norm.num_batches_tracked', 'norm.running_mean', 'norm.running_var']",
-        "as in grad(f)(params, buffers, x)",
-        "return the copies as aux",
-        "torch says: During a grad (vjp, jvp, grad, etc) transform",
-    ):
-        assert clause in str(caught.value)
-    assert str(caught.value.__cause__).startswith("During a grad")
-
-
-class Copies(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("last", torch.zeros(3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.last.copy_(x)
-        return x + self.last
-
-
-@pytest.mark.parametrize(("make", "x"), [(Normed, IMAGES[:, None]), (Copies, torch.rand(2, 3))])
-def test_a_write_that_vmap_refuses(make: Callable[[], nn.Module], x: Tensor) -> None:
-    module = make()
-    with pytest.raises(errors.InPlaceUnderTransformError) as caught:
-        func.vmap(lambda x: functional_call(module, {}, x))(x)
-    for clause in (
-        f"{make.__name__} writes in place under vmap",
-        "Stack the buffers and map over them, as in vmap(f)(params, buffers, x)",
-        "fcall.func.replace_all_batch_norm_modules_(module)",
-    ):
-        assert clause in str(caught.value)
-
-
-def test_the_call_nearest_to_the_write_is_named() -> None:
-    class Outer(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return functional_call(inner, {}, x)
-
-    inner, outer = Copies(), Outer()
-    with pytest.raises(errors.InPlaceUnderTransformError, match=r"^Copies writes"):
-        func.grad(lambda x: functional_call(outer, {}, x).sum())(torch.rand(3))
-
-
-def test_other_errors_under_a_transform_stay_as_they_are() -> None:
-    module = MLP()
-    with pytest.raises(RuntimeError, match="shapes cannot be multiplied") as caught:
-        func.grad(lambda x: functional_call(module, {}, x).sum())(torch.rand(2, 7))
-    assert type(caught.value) is RuntimeError
-
-
-@compiled
-def test_torchs_words_when_compiled() -> None:
-    module = Normed()
-    p, _ = split(module)
-    loss = lambda p: functional_call(module, p, IMAGES).sum()  # noqa: E731
-    with pytest.raises(RuntimeError, match="attempted to call in-place operation"):
-        capture(func.grad(loss), p)
-
-
-@traced_or_not
-@pytest.mark.parametrize("aux", [False, True])
-def test_what_the_error_advises_for_grad(traced: bool, aux: bool) -> None:
-    module = Normed()
-
-    def loss(p: Params, buffers: Params) -> Any:
-        state = {n: b.clone() for n, b in buffers.items()} if aux else buffers
-        out = functional_call(module, (p, state), IMAGES).square().mean()
-        return (out, state) if aux else out
-
-    p, buffers = split(module)
-    out = run(traced, func.grad(loss, has_aux=aux), p, buffers)
-    module(IMAGES).square().mean().backward()
-    grads, state = out if aux else (out, buffers)
-    assert_close(grads, {name: value.grad for name, value in module.named_parameters()})
-    assert_close(state, dict(module.named_buffers()))
-
-
-@traced_or_not
-def test_what_the_error_advises_for_vmap(traced: bool) -> None:
-    models = [Normed() for _ in range(2)]
-    p, buffers = func.stack_module_state(models)
-    member = lambda p, b, x: functional_call(models[0], (p, b), x)  # noqa: E731
-    out = run(traced, func.vmap(member, (0, 0, None)), p, buffers, IMAGES)
-    assert_close(out, torch.stack([m(IMAGES) for m in models]))
-    assert_close(buffers, func.stack_module_state(models)[1])

@@ -10,11 +10,16 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable, Iterable, Iterator
-from types import CodeType, FunctionType, ModuleType, SimpleNamespace
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
+
+# The base of the nodes that custom autograd functions add to the graph, and of their ctx. Not for
+# use outside of torch, says torch; goes when there is a hook around a node's backward that is also
+# called when that raises.
+from torch.autograd.function import BackwardCFunction as BackwardNode
 
 # The base of all batch norms, those that are lazy or synchronised too. No public name.
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
@@ -25,27 +30,42 @@ from torch.utils import _pytree as pytree
 
 __all__ = [
     "OPERATOR_PROBLEM",
+    "BackwardNode",
     "BatchNorm",
+    "CheckpointFrame",
     "DynamoUnavailableError",
     "HigherOrderOperator",
     "ProxyTorchDispatchMode",
     "allow_rnns_in_this_trace",
+    "compiled_calls",
     "dynamo",
     "evaluated_while_tracing",
     "functional_calls",
+    "give_zero_tangents_storage_in_this_trace",
     "has_preserved_node_meta",
     "in_functorch_transform",
     "in_proxy_mode",
+    "in_vmap_or_forward_mode",
+    "inductor",
     "pre_dispatch_proxy_mode",
     "pytree",
     "reenter_make_fx",
     "runs_pre_dispatch",
     "set_parametrization_cache",
+    "shown_no_module",
     "start_no_graphs_in",
     "track_tensor_tree",
 ]
 
+try:
+    # What a non-reentrant checkpoint keeps for backward; made when the checkpoint is entered.
+    from torch.utils.checkpoint import _CheckpointFrame as CheckpointFrame
+except ImportError:
+    CheckpointFrame = None  # type: ignore[assignment, misc]
+
 F = TypeVar("F", bound=Callable[..., Any])
+P = ParamSpec("P")
+R = TypeVar("R")
 
 OPERATOR_PROBLEM = ""
 """Why there can be no operator with this torch, or an empty string."""
@@ -64,6 +84,8 @@ try:
     from torch.fx.traceback import has_preserved_node_meta
 
     _peek_interpreter_stack = torch._C._functorch.peek_interpreter_stack
+    _interpreter_stack = torch._C._functorch.get_interpreter_stack
+    _vmap_and_jvp = {torch._C._functorch.TransformType.Vmap, torch._C._functorch.TransformType.Jvp}
     _pre_dispatch = torch._C.DispatchKey.PreDispatch
     _proxy = torch._C._TorchDispatchModeKey.PROXY
     _get_dispatch_mode = torch._C._get_dispatch_mode
@@ -71,9 +93,27 @@ except (ImportError, AttributeError) as error:
     OPERATOR_PROBLEM = str(error)
 
 
+def evaluated_while_tracing(fn: F) -> F:
+    """Mark ``fn`` to be run by Dynamo when it traces a call of it, the result being a constant.
+
+    The same as ``torch.compiler.assume_constant_result``, which imports all of Dynamo at once.
+    """
+    fn._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return fn
+
+
+@evaluated_while_tracing
 def in_functorch_transform() -> bool:
     """Whether a transform of torch.func (grad, vmap, ...) is running around the caller."""
     return _peek_interpreter_stack() is not None
+
+
+@evaluated_while_tracing
+def in_vmap_or_forward_mode() -> bool:
+    """Whether vmap, jvp or what is made of them is running around the caller."""
+    if OPERATOR_PROBLEM:
+        return False
+    return any(level.key() in _vmap_and_jvp for level in _interpreter_stack() or ())
 
 
 def runs_pre_dispatch(operator: HigherOrderOperator, operands: tuple[Any, ...]) -> bool:
@@ -90,15 +130,6 @@ def pre_dispatch_proxy_mode() -> bool:
 def in_proxy_mode() -> bool:
     """Whether ``make_fx`` in any of its modes, or non-strict export, is recording the caller."""
     return pre_dispatch_proxy_mode() or _get_dispatch_mode(_proxy) is not None
-
-
-def evaluated_while_tracing(fn: F) -> F:
-    """Mark ``fn`` to be run by Dynamo when it traces a call of it, the result being a constant.
-
-    The same as ``torch.compiler.assume_constant_result``, which imports all of Dynamo at once.
-    """
-    fn._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return fn
 
 
 def start_no_graphs_in(*functions_or_modules: Any) -> None:
@@ -197,6 +228,59 @@ def allow_rnns_in_this_trace() -> None:
         pass
 
 
+@evaluated_while_tracing
+def give_zero_tangents_storage_in_this_trace() -> None:
+    """Let Dynamo trace forward mode through operations on tensors that have no tangent.
+
+    Their tangents are zero tensors without storage. Kernels for these know nothing of fake tensors
+    and leave plain ones on meta, upon which batch norm, group norm, or a number times a tensor
+    under two transforms fail. So that for Dynamo they are plain zeros until the present frame is
+    traced; what is compiled is as before. Goes when torch traces ``jvp`` of ``group_norm`` with
+    respect to its weight. Where the names are gone, such calls fail as they do without fcall.
+    """
+    try:
+        from torch._dynamo.symbolic_convert import InstructionTranslator
+        from torch._subclasses.fake_impls import op_implementations_dict as fake_operators
+
+        output = InstructionTranslator.current_tx().output
+        zeros = torch.ops.aten._efficientzerotensor.default
+
+        def fake_zeros(mode: Any, operator: Any, size: Any, **options: Any) -> Any:
+            with mode:
+                return torch.ops.aten.zeros.default(size, **options)
+
+        def undo(*_: object) -> None:
+            fake_operators.pop(zeros, None)
+
+        fake_operators[zeros] = fake_zeros
+        output.register_finalizer_fns.append(undo)  # the trace is done, and to be compiled
+        output.add_cleanup_hook(undo)  # or is given up
+    except (ImportError, AttributeError):
+        pass
+
+
+class _Owner:
+    """What a function is bound to that :func:`shown_no_module` has decorated."""
+
+    def __init__(self, fn: Callable[..., Any]) -> None:
+        self.__module__ = fn.__module__
+        self.name = fn.__name__
+        setattr(self, fn.__name__, MethodType(fn, self))
+
+    def __reduce__(self) -> str:
+        return f"{self.name}.__self__"  # pickled by its name, as functions are
+
+
+def shown_no_module(fn: Callable[Concatenate[Any, P], R]) -> Callable[P, R]:
+    """Return ``fn(_, module, ...)`` bound to something, as a function of ``module, ...``.
+
+    Before Dynamo traces a call of a function it looks at the first argument, and gives up if that
+    is an RNN, before :func:`allow_rnns_in_this_trace` is called in it. A bound method's first
+    argument is what it is bound to. Goes when ``torch._dynamo.config.allow_rnn`` does.
+    """
+    return getattr(_Owner(fn), fn.__name__)  # type: ignore[no-any-return]
+
+
 @functools.cache
 def dynamo() -> SimpleNamespace:
     """Import what the operator needs of Dynamo.
@@ -212,6 +296,8 @@ def dynamo() -> SimpleNamespace:
 
         return SimpleNamespace(
             Unsupported=exc.Unsupported,
+            # What an operation raised on fake tensors.
+            TorchRuntimeError=exc.TorchRuntimeError,
             # Starts the analysis of a frame again, after a body turned out not to be capturable.
             SpeculationRestartAnalysis=exc.SpeculationRestartAnalysis,
             # The table in which Dynamo looks up how to trace an operator, by its name.
@@ -226,3 +312,85 @@ def dynamo() -> SimpleNamespace:
         )
     except (ImportError, AttributeError) as error:
         raise DynamoUnavailableError(str(error)) from error
+
+
+@functools.cache
+def compiled_calls() -> SimpleNamespace:
+    """Import what :mod:`fcall.program.fast` needs to call what Dynamo compiled by itself.
+
+    Raises:
+        DynamoUnavailableError: a name is gone; the message says which one. Calls that go through
+            Dynamo need none of them.
+    """
+    try:
+        from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list
+        from torch._C._dynamo.guards import RootGuardManager, TensorGuards
+        from torch._dynamo import eval_frame
+        from torch._dynamo.guards import GuardManagerType, GuardManagerWrapper
+
+        def tensor_check(exact: Sequence[Any], loose: Sequence[Any]) -> Callable[..., bool]:
+            """Return the check that tensors are different ones, each like that in its place.
+
+            Of ``loose``, which come after ``exact``, sizes and strides may differ.
+            """
+            any_size: list[list[int | None]] = [[None] * t.dim() for t in loose]
+            return TensorGuards(
+                *exact,
+                *loose,
+                dynamic_dims_sizes=[*[list(t.shape) for t in exact], *any_size],
+                dynamic_dims_strides=[*[list(t.stride()) for t in exact], *any_size],
+            ).check
+
+        def version_check(dicts: tuple[dict[Any, Any], ...]) -> Callable[[Any], bool]:
+            """Return the check, of the same dicts, that nothing was written to any of them."""
+            root = RootGuardManager()
+            for i, entries in enumerate(dicts):
+                source, kind = f"dicts[{i}]", GuardManagerType.GUARD_MANAGER
+                child = root.tuple_getitem_manager(i, source, entries, kind)
+                child.add_dict_version_guard(entries, [source], None)
+            return root.check
+
+        def entries_of(code: CodeType) -> list[tuple[Any, CodeType]]:
+            """Return the guards, and the compiled code, of each compilation of ``code``."""
+            entries = [(e.guard_manager, e.code) for e in _debug_get_cache_entry_list(code)]
+            return [(guards, code) for guards, code in entries if guards.cache_entry is not None]
+
+        dispatch_modes = torch._C._len_torch_dispatch_stack
+        is_recorded_by_jit = torch._C._get_tracing_state
+        undo_transforms = torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth
+
+        def is_plain() -> bool:
+            """Whether nothing around the call takes part in it, but for what guards check."""
+            return (
+                _peek_interpreter_stack() is None
+                and not dispatch_modes()
+                and is_recorded_by_jit() is None
+                and (stance := eval_frame._stance).stance == "default"
+                and stance.backend is None
+            )
+
+        # Fails here, and not in a call, where these cannot do what they are to do.
+        example, entries = torch.zeros(1), {"key": 0}
+        works = tensor_check([example], [])(example) and version_check((entries,))((entries,))
+        if not works or OPERATOR_PROBLEM or not hasattr(GuardManagerWrapper(), "cache_entry"):
+            raise DynamoUnavailableError(OPERATOR_PROBLEM or "GuardManagerWrapper.cache_entry")
+        return SimpleNamespace(
+            tensor_check=tensor_check,
+            version_check=version_check,
+            entries_of=entries_of,
+            is_plain=is_plain,
+            undo_transforms=undo_transforms,
+        )
+    except (ImportError, AttributeError, TypeError) as error:
+        raise DynamoUnavailableError(str(error)) from error
+
+
+def inductor(
+    mode: str | None, options: Mapping[str, Any] | None, dynamic: bool | None
+) -> Callable[..., Any]:
+    """Return what ``torch.compile`` makes of ``backend="inductor"``, which has no public name.
+
+    Raises:
+        AttributeError: where it is gone.
+    """
+    return torch._TorchCompileInductorWrapper(mode, options, dynamic)

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from fcall import _torch, binding, eager, errors, operator, plan, routes, substitution
 from fcall.binding import check_values
-from fcall.eager.refused import explain_refused_write
 from fcall.plan import plan_for
+from fcall.refused import refused_write
+from fcall.rnn import needs_plain_rnns, with_plain_rnns
 from fcall.substitution import Substitution, substitution_of
 
 __all__ = ["Weights", "functional_call"]
@@ -20,7 +21,9 @@ Weights = Mapping[str, Tensor] | Sequence[Mapping[str, Tensor]]
 """Values for parameters and buffers by name, in one mapping or in several without common names."""
 
 
+@_torch.shown_no_module
 def functional_call(
+    _: object,
     module: nn.Module,
     parameter_and_buffer_dicts: Weights,
     args: Any = None,
@@ -86,6 +89,8 @@ def functional_call(
         args = ()
     elif not isinstance(args, tuple):
         args = (args,)
+    if torch.compiler.is_dynamo_compiling():
+        _torch.allow_rnns_in_this_trace()  # before the module is looked at, as one of them
     return _call(
         module, parameter_and_buffer_dicts, args, dict(kwargs or {}), tie_weights, strict, method
     )
@@ -123,12 +128,16 @@ def _call(
         return out
     routes.record(type(module).__name__, routes.EAGER)
     target = module if method is None else getattr(module, method)
+    if substitution.rnns and needs_plain_rnns(substitution.rnns, (*values, *args)):
+        target = with_plain_rnns(target)
     swap = eager.Swap(substitution, values)
     try:
         with swap:
             return target(*args, **kwargs)
     except RuntimeError as error:
-        explain_refused_write(module, error)
+        refused = refused_write(module, error)
+        if refused:
+            raise errors.InPlaceUnderTransformError(*refused) from error
         raise
     finally:
         write_back(dicts, names, swap.changed)
@@ -147,6 +156,7 @@ def prepare(
     tracing = torch.compiler.is_dynamo_compiling()
     if tracing:
         _torch.allow_rnns_in_this_trace()
+        _torch.give_zero_tangents_storage_in_this_trace()
     refuse_unsupported(module, method)
     given = merge(dicts)
     names, values = tuple(given), tuple(given.values())

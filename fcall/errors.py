@@ -282,6 +282,17 @@ class InPlaceUnderTransformError(FcallError, RuntimeError):
         return f"{module} writes in place under {what}.{named} {advice} torch says: {cause}"
 
 
+class PackedSequenceError(FcallError, RuntimeError):
+    """An RNN was given a packed sequence where it is computed step by step."""
+
+    template = (
+        "an RNN was given a packed sequence under vmap, in forward mode, or in a compiled function "
+        "that needs gradients. torch.lstm and its kin have no rules for these, so that fcall "
+        "computes padded sequences step by step in their stead. Give the RNN a padded sequence, "
+        "and mask what it returns beyond each length."
+    )
+
+
 _UNDER_GRAD = (
     "a transform, which refuses to write into a tensor captured from around it",
     "Pass the buffers as an argument of the transformed function, as in "

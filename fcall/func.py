@@ -1,7 +1,8 @@
 """The namespace of ``torch.func``, each transform in eager mode and under ``torch.compile``.
 
 What works in both is torch's own. ``functional_call`` is fcall's; ``linearize`` and
-``functionalize``, which torch cannot compile, are wrapped. All compose with torch's transforms.
+``functionalize``, which torch cannot compile, are wrapped, and so is forward mode, of which it
+cannot compile all. They compose with torch's transforms.
 """
 
 from __future__ import annotations
@@ -11,16 +12,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
-from torch.func import (
-    grad,
-    grad_and_value,
-    hessian,
-    jacfwd,
-    jacrev,
-    jvp,
-    vjp,
-    vmap,
-)
+from torch.func import grad, grad_and_value, jacrev, vjp, vmap
 
 from fcall import _torch, errors
 from fcall.batch_norm import replace_all_batch_norm_modules_
@@ -51,6 +43,24 @@ for _name in _others:
         __all__ += [_name]
 
 T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _compilable(forward_mode: F) -> F:
+    """Return a transform of torch in forward mode, made fit for what Dynamo cannot trace."""
+
+    @functools.wraps(forward_mode)
+    def transform(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling():
+            _torch.give_zero_tangents_storage_in_this_trace()
+        return forward_mode(*args, **kwargs)
+
+    return transform  # type: ignore[return-value]
+
+
+jvp = _compilable(torch.func.jvp)
+jacfwd = _compilable(torch.func.jacfwd)
+hessian = _compilable(torch.func.hessian)
 
 
 def linearize(func: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[..., Any]]:

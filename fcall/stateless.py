@@ -7,13 +7,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fcall import call
+from fcall import _torch, call
 from fcall.deprecation import warn_deprecated
 
 __all__ = ["functional_call"]
 
 
+@_torch.shown_no_module
 def functional_call(
+    _: object,
     module: nn.Module,
     parameters_and_buffers: Mapping[str, Tensor],
     args: Any = None,
@@ -64,7 +66,9 @@ def functional_call(
     )
 
 
+@_torch.shown_no_module
 def unwarned_functional_call(
+    _: object,
     module: nn.Module,
     parameters_and_buffers: Mapping[str, Tensor],
     args: Any = None,

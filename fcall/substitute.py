@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from types import TracebackType
+from typing import Any
 
+import torch
 from torch import nn
 
+from fcall import _torch
 from fcall.call import Weights, swap_for_block, write_back
+from fcall.rnn import PlainRNNs, needs_plain_rnns
 
 __all__ = ["substitute"]
 
@@ -16,7 +20,7 @@ class substitute:
 
     What :func:`fcall.functional_call` does for one call, for all that stands in a ``with`` block:
     several calls, other methods, reading ``module.weight``. Under ``torch.compile`` the block is a
-    part of the caller's graph, and is not an operator.
+    part of the caller's graph, and is not an operator; ``module`` may hold RNNs, but not be one.
 
     Args:
         module: The module. It is mutated until the block ends, also if that is by an exception.
@@ -49,6 +53,8 @@ class substitute:
         tie_weights: bool = True,
         strict: bool = False,
     ) -> None:
+        if torch.compiler.is_dynamo_compiling():
+            _torch.allow_rnns_in_this_trace()  # before the module is looked at, as one of them
         self.module = module
         self.dicts = parameter_and_buffer_dicts
         self.tie_weights = tie_weights
@@ -59,6 +65,10 @@ class substitute:
             self.module, self.dicts, tie_weights=self.tie_weights, strict=self.strict
         )
         self.swap.__enter__()
+        self.rnns: Any = None
+        if needs_plain_rnns(self.swap.substitution.rnns, self.swap.values):
+            self.rnns = PlainRNNs()
+            self.rnns.__enter__()
         return self.module
 
     def __exit__(
@@ -68,6 +78,8 @@ class substitute:
         traceback: TracebackType | None,
     ) -> None:
         try:
+            if self.rnns is not None:
+                self.rnns.__exit__(kind, error, traceback)
             self.swap.__exit__()
         finally:
             write_back(self.dicts, self.names, self.swap.changed)

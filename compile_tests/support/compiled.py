@@ -7,6 +7,7 @@ import copy
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
@@ -14,6 +15,15 @@ from torch.utils import _pytree as pytree
 
 import fcall
 from compile_tests.support.oracle import assert_close, unchanged
+
+traced_or_not = pytest.mark.parametrize(
+    "traced",
+    [
+        pytest.param(False, id="eager"),
+        pytest.param(True, id="compiled", marks=pytest.mark.compiled),
+    ],
+)
+"""For tests that call :func:`run`."""
 
 
 class Compiled(NamedTuple):
@@ -147,3 +157,8 @@ def count_frames(backend: str = "aot_eager") -> tuple[Callable[..., Any], list[i
         return inner(graph, inputs)  # type: ignore[no-any-return]
 
     return counted, compilations
+
+
+def run(traced: bool, fn: Callable[..., Any], *args: Any) -> Any:
+    """Call ``fn``, eagerly or as one graph."""
+    return capture(fn, *args).out if traced else fn(*args)

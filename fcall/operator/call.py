@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from fcall import _torch, routes
 from fcall.binding import Binding, bind_for_graph
 from fcall.operator.names import input_names, placeholder_name
 from fcall.operator.register import problem_with_dynamo
+from fcall.rnn import needs_plain_rnns, with_plain_rnns
 from fcall.substitution import (
     Substitution,
     put_back_rnn_lists,
@@ -103,8 +105,12 @@ def call(
     if torch.compiler.is_dynamo_compiling() and problem_with_dynamo():
         record_inlined(class_name, problem_with_dynamo())
         return body(*operands)
+    own = [store.get(key, None) for _, (store, key) in substitution.kept]
     names_of_inputs = input_names(module, method, args, kwargs)
-    out, changed = functional_call_op(
+    run: Callable[..., Any] = functional_call_op
+    if needs_plain_rnns(substitution.rnns, (*operands, *own)):
+        run = with_plain_rnns(run)
+    out, changed = run(
         body,
         *operands,
         names=(*[placeholder_name(name) for name in names], *[names_of_inputs[i] for i in tensors]),

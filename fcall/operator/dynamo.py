@@ -12,6 +12,7 @@ from fcall import _torch, errors, routes
 from fcall.binding import Binding, kept_on_meta
 from fcall.operator.hop import bind_op, functional_call_op, name_placeholders
 from fcall.plan import binding_for
+from fcall.refused import refused_write
 
 __all__ = ["BindVariable", "FunctionalCallVariable"]
 
@@ -38,12 +39,17 @@ class FunctionalCallVariable(_Variable):
         inlined = _inlined_calls(tx)
         # A module made in the traced code is made anew in each attempt: its class has to do.
         key = (called.python_type() if called.source is None else id(called.value), names)
-        if key in inlined:
-            _record_when_done(tx, module, routes.INLINED, inlined[key])
-            return body.call_function(tx, operands, {})
         try:
+            if key in inlined:
+                _record_when_done(tx, module, routes.INLINED, inlined[key])
+                return body.call_function(tx, operands, {})
             return self._trace(tx, body, operands, names, module, kwargs["stores"])
-        except (dynamo.Unsupported, _NotCapturableError) as error:
+        except (dynamo.Unsupported, dynamo.TorchRuntimeError, _NotCapturableError) as error:
+            refused = refused_write(called.value, error)
+            if refused:
+                errors.fail_while_tracing(errors.InPlaceUnderTransformError, *refused)
+            if key in inlined or isinstance(error, dynamo.TorchRuntimeError):
+                raise
             inlined[key] = _summary(error)
             restart = f"fcall: inline the call of {module}"
             raise dynamo.SpeculationRestartAnalysis(restart_reason=restart) from error
