@@ -14,6 +14,8 @@ log = logging.getLogger("fcall")
 EAGER = "eager"
 OPERATOR = "operator"
 INLINED = "inlined"
+FAST = "fast"
+GUARDED = "guarded"
 
 
 class Route(NamedTuple):
@@ -23,9 +25,11 @@ class Route(NamedTuple):
     """The class of the called module."""
     kind: str
     """``"eager"``: run as it is. ``"operator"``: one call of fcall's operator in a captured graph.
-    ``"inlined"``: captured, with the module's operations directly in the caller's graph."""
+    ``"inlined"``: captured, with the module's operations directly in the caller's graph. Of a call
+    of what :func:`fcall.compile` returns: ``"fast"``, the compiled code at once, or ``"guarded"``,
+    through Dynamo, which compiles it if it has to."""
     reason: str
-    """Why it was inlined; empty for the other two."""
+    """Why it was inlined, or guarded and will be the next time too; else empty."""
 
 
 _recordings: list[list[Route]] = []

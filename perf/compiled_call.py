@@ -1,65 +1,67 @@
-"""What does a compiled functional call cost: to compile once, and in Python at each call?"""
+"""What does a compiled functional call cost on the host, where the graph has next to no work?"""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import fcall
 from perf import bench
+from perf.models import CALLS, backend, random, weights_for, with_weights
 
-LAYERS = (6, 36, 144)
-"""Numbers of linear layers, with two parameters each."""
+COUNTS = (12, 72, 288, 1200)
 
 
-def main() -> dict[str, Any]:
+class Sum(nn.Module):
+    """Next to no work, but for a use of each parameter."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.weights = nn.ParameterList([torch.ones(2) for _ in range(count)]).to(bench.DEVICE)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for weight in self.weights:
+            x = x + weight
+        return x
+
+
+def main(quick: bool = False, peers: bool = False) -> dict[str, Any]:
     """Measure, print a table, return the record."""
-    rows = [row for layers in LAYERS for row in _rows(layers)]
-    bench.show("compiled call (backend aot_eager)", rows)
-    return {"question": __doc__, "rows": rows}
-
-
-def _rows(layers: int) -> list[dict[str, Any]]:
-    module = nn.Sequential(*[nn.Linear(2, 2) for _ in range(layers)])
-    weights = {name: p.detach().clone() for name, p in module.named_parameters()}
-    x = torch.randn(1, 2)
-
-    def of_torch(weights: Any, x: Any) -> Any:
-        return torch.func.functional_call(module, weights, (x,))
-
-    def of_fcall(weights: Any, x: Any) -> Any:
-        return fcall.functional_call(module, weights, (x,))
-
-    torch.compiler.reset()
-    contenders: dict[str, Callable[[], Any]] = {}
-    seconds = {}
-    with torch.no_grad():
-        for name, fn in {
-            "module": lambda _, x: module(x),
-            "torch.func": of_torch,
-            "fcall": of_fcall,
-        }.items():
-            compiled = torch.compile(fn, backend="aot_eager", fullgraph=True)
-            start = time.perf_counter()
-            compiled(weights, x)
-            seconds[name] = time.perf_counter() - start
-            contenders[name] = lambda compiled=compiled: compiled(weights, x)
-        times = bench.interleaved(contenders)
-    return [
-        {
-            "parameters": len(weights),
-            "contender": name,
-            "seconds to compile": seconds[name],
-            "us a call": times[name].median,
-            "of torch.func": times[name].median / times["torch.func"].median,
+    rows = []
+    for count in COUNTS[:2] if quick else COUNTS:
+        torch.compiler.reset()
+        module, x = Sum(count), random(2)
+        weights = weights_for(module)
+        compile = partial(torch.compile, fullgraph=True, backend=backend(quick))
+        functions: dict[str, Callable[..., Any]] = {
+            "module, compiled": _alone(compile(with_weights(module, weights))),
+            **{f"{name}, compiled": compile(_calling(call, module)) for name, call in CALLS.items()},
+            "fcall.compile, compiled": fcall.compile(module, backend=backend(quick)),
         }
-        for name in contenders
-    ]
+        contenders = {name: partial(fn, weights, x) for name, fn in functions.items()}
+        if peers:
+            from perf import peers as others
+
+            contenders["tensordict, compiled"] = compile(others.to_module(module, weights, x))
+            contenders |= others.sums(weights, x)
+        with torch.no_grad():
+            rows += bench.measure(
+                contenders, panel="parameters", n=count, quick=quick, memory=False
+            )
+    return bench.record(__doc__, "parameters", rows)
+
+
+def _alone(module: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda weights, x: module(x)
+
+
+def _calling(call: Callable[..., Any], module: nn.Module) -> Callable[..., Any]:
+    return lambda weights, x: call(module, weights, (x,))
 
 
 if __name__ == "__main__":
-    print(bench.store("compiled_call", main()))
+    bench.run("compiled_call", main)

@@ -2,24 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from fcall.call import Weights, functional_call
+from fcall import _torch, routes
+from fcall.call import Weights, functional_call, merge, prepare, write_back
+from fcall.plan import binding_for
+from fcall.program.fast import MISS, FastRoute, tensors_in
+from fcall.program.frames import Compile, Frame, Names, as_plain
+from fcall.program.inductor import OPTION, LeanInductor
+from fcall.program.structure import Hooks, hooks_of, same_hooks
 
 __all__ = ["CompiledCall", "compile"]
 
+KEPT = 16
+"""How many frames, routes to them, and tuples of names are kept. The oldest goes first."""
+
 
 class CompiledCall:
-    """What :func:`compile` returns: a module compiled as a function of its weights."""
+    """What :func:`compile` returns: a module compiled as a function of its weights.
 
-    def __init__(self, module: nn.Module, method: str, compiled: Callable[..., Any]) -> None:
+    A call takes one of two routes, and :func:`fcall.record_routes` tells which: *fast*
+    (:mod:`fcall.program.fast`), if what it depends on is as it was in an earlier call, else
+    *guarded*: through Dynamo, which compiles what is not compiled yet.
+    """
+
+    def __init__(self, module: nn.Module, method: str, compile: Compile) -> None:
         self.module = module
         self.method = method
-        self._compiled = compiled
+        self._called = None if method == "forward" else method
+        self._compile = compile
+        self._as_given = _AsGiven(module, self._called, compile)
+        self._class_name = type(module).__name__
+        self._names: dict[tuple[str, ...], Names] = {}
+        self._frames: list[Frame] = []
+        self._routes: list[FastRoute] = []  # replaced, never written to: other threads read it
+        self._lock = threading.Lock()
 
     def __call__(self, parameter_and_buffer_dicts: Weights, /, *args: Any, **kwargs: Any) -> Any:
         """Call the module with the given weights; compiled at the first call.
@@ -30,10 +52,140 @@ class CompiledCall:
             *args: Positional arguments of the method.
             **kwargs: Keyword arguments of the method.
         """
-        return self._compiled(parameter_and_buffer_dicts, args, kwargs)
+        dicts = parameter_and_buffer_dicts
+        if torch.compiler.is_dynamo_compiling():  # a part of the caller's graph
+            return functional_call(self.module, dicts, args, kwargs, method=self._called)
+        given = dicts if type(dicts) is dict else merge(dicts)
+        for route in self._routes:
+            result = route.call(given, args, kwargs)
+            if result is not MISS:
+                routes.record(self._class_name, routes.FAST)
+                return self._finish(dicts, route.names, result)
+        return self._call_through_dynamo(dicts, given, args, kwargs)
 
     def __repr__(self) -> str:
-        return f"fcall.compile({type(self.module).__name__}, method={self.method!r})"
+        return f"fcall.compile({self._class_name}, method={self.method!r})"
+
+    def _call_through_dynamo(
+        self, dicts: Weights, given: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        if not _torch.OPERATOR_PROBLEM and _torch.in_proxy_mode():  # to be recorded by make_fx
+            return functional_call(self.module, dicts, args, kwargs, method=self._called)
+        inputs = tensors_in(args, kwargs)
+        reason = _against_frames(inputs)
+        if not reason:
+            _, _, substitution = prepare(
+                self.module,
+                dicts,
+                (args, kwargs),
+                tie_weights=True,
+                strict=False,
+                method=self._called,
+            )
+            names = self._names_for(tuple(given))
+            weights = names.weights_of(given)
+            kept = [store.get(key, None) for _, (store, key) in substitution.kept]
+            reason = _against_tensors(weights, [*weights, *kept, *(inputs or ())])
+        routes.record(self._class_name, routes.GUARDED, reason)
+        if reason:
+            return self._as_given(dicts, args, kwargs)
+        own = {id(tensor) for tensor in (*self.module.parameters(), *self.module.buffers())}
+        plain = tuple([as_plain(weight, own) for weight in weights])
+        frame = self._frame_for(names, plain)
+        result = frame(plain, args, kwargs)
+        if compilations := frame.compilations():
+            self._add_route(
+                FastRoute(self.module, names, frame, compilations, weights, kept, inputs or ())
+            )
+        return self._finish(dicts, names, result)
+
+    def _finish(self, dicts: Weights, names: Names, result: tuple[Any, dict[str, Tensor]]) -> Any:
+        """Write back what the module reassigned, and return the output."""
+        out, changed = result
+        if changed:
+            slots = enumerate(names.slot_of.values())
+            new = {number: changed[slot] for number, slot in slots if slot in changed}
+            write_back(dicts, list(names.slot_of), new)
+        return out
+
+    def _names_for(self, given: tuple[str, ...]) -> Names:
+        binding = binding_for(self.module, given, tie_weights=True, strict=False)
+        names = self._names.get(given)
+        if names is None or names.binding is not binding:
+            names = Names(given, binding)
+            with self._lock:
+                _keep_newest(self._names, given, names)
+        return names
+
+    def _frame_for(self, names: Names, weights: tuple[Tensor, ...]) -> Frame:
+        with self._lock:
+            for frame in self._frames:
+                if frame.is_for(self.module, names) and frame.accepts(*weights):
+                    return frame
+            frame = Frame(self.module, self._called, names, weights, self._compile)
+            self._frames = [frame, *self._frames[: KEPT - 1]]
+            return frame
+
+    def _add_route(self, route: FastRoute) -> None:
+        with self._lock:
+            others = [other for other in self._routes if other.key != route.key]
+            self._routes = [route, *others[: KEPT - 1]]
+
+
+class _AsGiven:
+    """The call as it is given, compiled with all of Dynamo's guards.
+
+    And with one that Dynamo leaves out to save time: that the hooks of the module are the same.
+    """
+
+    def __init__(self, module: nn.Module, method: str | None, compile: Compile) -> None:
+        self._module, self._method, self._compile = module, method, compile
+        self._hooks: Hooks = []
+        self._compiled = self._new()
+
+    def __call__(self, dicts: Weights, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        hooks = hooks_of(self._module)
+        if not same_hooks(hooks, self._hooks):
+            self._hooks, self._compiled = hooks, self._new()
+        return self._compiled(dicts, args, kwargs)
+
+    def _new(self) -> Callable[..., Any]:
+        module, method = self._module, self._method
+
+        def call(weights: Weights, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return functional_call(module, weights, args, kwargs, method=method)
+
+        # Dynamo counts compilations, and gives up on too many, by code object.
+        call.__code__ = call.__code__.replace()
+        return self._compile(call, None)
+
+
+def _against_frames(inputs: list[Tensor] | None) -> str:
+    """Return why a call has to be compiled as it is given, or an empty string."""
+    try:
+        calls = _torch.compiled_calls()
+    except _torch.DynamoUnavailableError as error:
+        return f"torch {torch.__version__} lacks what fast calls need: {error}"
+    if not calls.is_plain():
+        return "it is in a trace, in a transform of torch.func, or under a mode"
+    return "an argument may hold tensors out of sight" if inputs is None else ""
+
+
+def _against_tensors(weights: Sequence[Any], all_tensors: Sequence[Any]) -> str:
+    if not weights:
+        return "it is given no weights"
+    if any(type(weight) not in (Tensor, nn.Parameter) for weight in weights):
+        return "a weight is of a subclass of torch.Tensor"
+    if len(set(map(id, all_tensors))) < len(all_tensors):
+        return "one tensor is given in two places"
+    return ""
+
+
+def _keep_newest(cache: dict[Any, Any], key: Any, value: Any) -> None:
+    cache.pop(key, None)
+    for oldest in list(cache)[: 1 - KEPT]:
+        del cache[oldest]
+    cache[key] = value
 
 
 def compile(
@@ -48,7 +200,9 @@ def compile(
     """Compile ``module`` as a function of its parameters and buffers.
 
     The weights are inputs of the compiled graph: a call with other values compiles nothing, if
-    names and their order, shapes, dtypes, and the kinds of tensors and mappings are the same.
+    shapes, strides, dtypes and ``requires_grad`` are the same. Neither the order of the names, nor
+    the kinds and the number of the mappings, nor whether a value is a ``Parameter`` matters; while
+    it is traced, the module sees plain tensors.
 
     Args:
         module: The module. It is not changed, and kept alive by what is returned.
@@ -75,12 +229,41 @@ def compile(
         >>> f({"weight": torch.ones(2, 3), "bias": torch.zeros(2)}, x)  # nothing is compiled
         tensor([[3., 3.]])
     """
-    called = None if method == "forward" else method
+    return CompiledCall(module, method, _compiler(backend, mode, dynamic, options))
 
-    def call(weights: Weights, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return functional_call(module, weights, args, kwargs, method=called)
 
-    # Dynamo counts compilations, and gives up on too many, by code object.
-    call.__code__ = call.__code__.replace()
-    compiled = torch.compile(call, backend=backend, mode=mode, dynamic=dynamic, options=options)
-    return CompiledCall(module, method, compiled)
+def _compiler(
+    backend: str | Callable[..., Any],
+    mode: str | None,
+    dynamic: bool | None,
+    options: Mapping[str, Any] | None,
+) -> Compile:
+    """Return ``torch.compile`` with these settings, to be called with a filter for guards."""
+    settings = options or {}
+
+    def compile(
+        fn: Callable[..., Any], keep_guards: Callable[..., Any] | None
+    ) -> Callable[..., Any]:
+        if backend == "inductor" and not settings.keys() & OF_INDUCTOR and keep_guards is not None:
+            lean: Callable[..., Any] = LeanInductor(mode, settings, dynamic)
+            return _compile(fn, lean, None, dynamic, {"guard_filter_fn": keep_guards})
+        if mode is not None or "guard_filter_fn" in settings or keep_guards is None:
+            return _compile(fn, backend, mode, dynamic, options)  # all guards are kept
+        return _compile(fn, backend, None, dynamic, {**settings, "guard_filter_fn": keep_guards})
+
+    return compile
+
+
+OF_INDUCTOR = {OPTION, "guard_filter_fn", "use_aoti"}
+"""Options with which Inductor is not made lean."""
+
+
+def _compile(
+    fn: Callable[..., Any],
+    backend: str | Callable[..., Any],
+    mode: str | None,
+    dynamic: bool | None,
+    options: Mapping[str, Any] | None,
+) -> Callable[..., Any]:
+    own = None if options is None else dict(options)  # torch.compile takes some of them out
+    return torch.compile(fn, backend=backend, mode=mode, dynamic=dynamic, options=own)

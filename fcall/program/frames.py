@@ -1,0 +1,202 @@
+"""Frames: functions for Dynamo to compile, of weights that were put in one order before.
+
+A frame is for one choice of slots, one build of the module, and weights of one kind each. It gets
+the weights as a tuple: each tensor once, however many names it has, ordered by slot. So the order
+and the number of the dicts, their kinds, and the names used for a tensor, leave no trace in the
+compiled code.
+
+Who calls a frame has checked what it is for: that its names lead to its slots, the module's hooks,
+and that the weights are like those of the first call (:attr:`Frame.accepts`). So Dynamo's guards on
+the same are filtered out, which would cost more than all the rest of a call.
+"""
+
+from __future__ import annotations
+
+import dis
+import threading
+from collections.abc import Callable, Collection, Sequence
+from operator import itemgetter
+from types import CodeType, FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fcall import _torch
+from fcall.binding import Binding
+from fcall.call import functional_call
+from fcall.plan import binding_for, plan_for
+from fcall.program.structure import hooks_of, same_hooks
+
+__all__ = ["Compilation", "Compile", "Frame", "Names", "as_plain"]
+
+Compile = Callable[[Callable[..., Any], Callable[..., Any] | None], Callable[..., Any]]
+"""Compiles a function, with a filter for Dynamo's guards on it, if any."""
+
+
+class Names:
+    """How the names that a call gives become the arguments of a frame."""
+
+    def __init__(self, given: Sequence[str], binding: Binding) -> None:
+        self.binding = binding
+        order = sorted(range(len(binding.slots)), key=lambda i: binding.slots[i].name)
+        self.slots = [binding.slots[i].name for i in order]
+        """The names of the slots written, in order: the names that the frame uses."""
+        sources = [binding.sources[i] for i in order]
+        positions = {number: i for i, number in enumerate(dict.fromkeys(sources))}
+        self.index = [positions[number] for number in sources]
+        """For each slot, which of the weights goes there."""
+        self.count = len(given)
+        used = [given[number] for number in positions]
+        self.same = [(group[0], other) for group in binding.same for other in group[1:]]
+        """Pairs of names that need one tensor."""
+        self.slot_of = {name: binding.slots[home].name for name, home in zip(given, binding.homes)}
+        """The slot that each name given leads to."""
+        get = itemgetter(*used) if used else None
+        self.weights_of: Callable[[Any], tuple[Any, ...]] = (
+            (lambda given: ()) if get is None else get if len(used) > 1 else lambda g: (get(g),)
+        )
+        """Takes the weights out of a dict, in order."""
+
+
+class Frame:
+    """A compiled function of weights, args and kwargs, for one choice of slots."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        method: str | None,
+        names: Names,
+        weights: tuple[Tensor, ...],
+        compile: Compile,
+    ) -> None:
+        self.slots, self.index = names.slots, names.index
+        self.binding = binding_for(module, tuple(self.slots), tie_weights=True, strict=False)
+        self.hooks = hooks_of(module)
+        self.accepts = _torch.compiled_calls().tensor_check(weights, [])
+        slots, index = tuple(self.slots), tuple(self.index)
+
+        # A constant of the trace: no guards on hundreds of strings.
+        @_torch.evaluated_while_tracing
+        def numbered_slots() -> tuple[tuple[str, int], ...]:
+            return tuple(zip(slots, index))
+
+        def call(
+            weights: tuple[Tensor, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> tuple[Any, dict[str, Tensor]]:
+            given = {}
+            for name, number in numbered_slots():
+                given[name] = weights[number]
+            out = functional_call(module, given, args, kwargs, method=method)
+            changed = {}
+            for name, number in numbered_slots():
+                if given[name] is not weights[number]:
+                    changed[name] = given[name]
+            return out, changed
+
+        # Dynamo keeps compilations, and gives up on too many, by code object.
+        call.__code__ = call.__code__.replace()
+        self._call = call
+        self._module = module
+        cells = zip(call.__code__.co_freevars, call.__closure__ or ())
+        self.scope = {name: cell.cell_contents for name, cell in cells}
+        """What Dynamo's guards find in the frame besides its arguments."""
+        self._compiled = compile(call, self._keep_guards)
+        self._first_call = threading.RLock()
+        self._was_called = False
+
+    def __call__(
+        self, weights: tuple[Tensor, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, dict[str, Tensor]]:
+        """Return the output, and the tensors that the module reassigned by the names of slots."""
+        if self._was_called:
+            return self._compiled(weights, args, kwargs)  # type: ignore[no-any-return]
+        with self._first_call:  # or each thread that comes while Dynamo compiles does so, too
+            result: tuple[Any, dict[str, Tensor]] = self._compiled(weights, args, kwargs)
+            self._was_called = True
+            return result
+
+    def is_for(self, module: nn.Module, names: Names) -> bool:
+        """Whether it is for these slots, and the module as it is built now."""
+        return (
+            self.slots == names.slots
+            and self.index == names.index
+            and same_hooks(self.hooks, hooks_of(module))
+            and self.binding
+            == binding_for(module, tuple(self.slots), tie_weights=True, strict=False)
+        )
+
+    def compilations(self) -> list[Compilation]:
+        """Return what Dynamo has compiled, the latest used first."""
+        entries = _torch.compiled_calls().entries_of(self._call.__code__)
+        return [
+            Compilation(guards, FunctionType(code, self._call.__globals__, "call", None, cells))
+            for guards, code in entries
+            if _is_one_graph(code)
+            and len(cells := self._call.__closure__ or ()) == len(code.co_freevars)
+        ]
+
+    def _keep_guards(self, entries: Sequence[Any]) -> list[bool]:
+        """Tell which of Dynamo's guards are needed, though a caller has checked the weights."""
+        module = self._module
+        registered = {id(tensor) for tensor in (*module.parameters(), *module.buffers())}
+        plan = plan_for(module, tuple(self.slots), tie_weights=True, strict=False)
+        substituted = {id(store.get(key, None)) for store, key in plan.entries}
+        keep = []
+        for entry in entries:
+            of_weight = _is_in(entry.name, "weights")
+            of_input = _is_in(entry.name, "args") or _is_in(entry.name, "kwargs")
+            if entry.guard_type == "TENSOR_MATCH":
+                value = entry.value if entry.has_value else None
+                if not (of_weight or of_input or id(value) in registered):
+                    # A tensor from elsewhere, which may be one of the weights in another call: the
+                    # guards against that are part of those on the weights.
+                    return [True] * len(entries)
+                keep.append(not of_weight and id(value) not in substituted)
+            else:  # fcall's own guard is that names lead to the same slots
+                home = getattr(entry.orig_guard.create_fn, "__module__", "")
+                keep.append(not home.startswith("fcall.") and OWN_GLOBALS not in entry.name)
+        return keep
+
+
+def _is_one_graph(code: CodeType) -> bool:
+    """Whether compiled code needs Dynamo no more: after a graph break it calls what is not yet."""
+    used = {i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL"}
+    return "functional_call" not in used and any(n.startswith("__compiled_fn") for n in used)
+
+
+OWN_GLOBALS = "['__import_fcall_dot_"
+"""In the sources of fcall's own functions and constants, which stay as they are."""
+
+
+def _is_in(source: str, variable: str) -> bool:
+    return source.startswith((f"{variable}[", f"L['{variable}']["))
+
+
+class Compilation:
+    """One compilation of a frame: Dynamo's guards, and the code to be run where they hold."""
+
+    __slots__ = ("_check", "_guards", "run")
+
+    def __init__(self, guards: Any, run: Callable[..., Any]) -> None:
+        self._guards = guards
+        self._check = guards.root.check
+        self.run = run
+
+    def holds(self, scope: dict[str, Any]) -> bool:
+        """Whether the code is right for a frame with these variables."""
+        # Dynamo drops an entry when what its guards compare with by id is freed.
+        return self._guards.cache_entry is not None and self._check(scope)
+
+
+def as_plain(weight: Tensor, own: Collection[int]) -> Tensor:
+    """Return a weight as another tensor object, where Dynamo would compile another time for it.
+
+    That is for a ``Parameter``, and for a tensor of the module itself, by its id in ``own``.
+    """
+    if type(weight) is nn.Parameter:
+        with torch.enable_grad():
+            return weight.as_subclass(Tensor)
+    if id(weight) in own and not weight.requires_grad:
+        return weight.detach()
+    return weight

@@ -1,0 +1,58 @@
+"""Inductor without the assertions that the checks of a call make needless."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch.fx import GraphModule
+
+from fcall import _torch
+
+__all__ = ["LeanInductor"]
+
+OPTION = "size_asserts"
+"""The option of Inductor for code that asserts sizes and strides, at 0.2 us an input and call."""
+
+
+class LeanInductor:
+    """A backend for ``torch.compile``: Inductor, with no assertions on the sizes of inputs.
+
+    Whoever calls the compiled graph has compared the inputs with what it was compiled for. The same
+    option asserts that other people's operators return what they said they would; so it stays on
+    for a graph that has such operators.
+    """
+
+    compiler_name = "inductor"
+
+    def __init__(
+        self, mode: str | None, options: Mapping[str, Any] | None, dynamic: bool | None
+    ) -> None:
+        self._full = _torch.inductor(mode, options, dynamic)
+        self._lean = _torch.inductor(mode, options, dynamic)
+        self._lean.apply_options({OPTION: False})  # type: ignore[attr-defined]
+
+    def __call__(self, graph: GraphModule, inputs: Any) -> Any:
+        return (self._lean if _is_all_of_torch(graph) else self._full)(graph, inputs)
+
+    def reset(self) -> None:
+        """Do what torch does for Inductor when it forgets all compilations."""
+        self._full.reset()  # type: ignore[attr-defined]
+
+
+def _is_all_of_torch(graph: GraphModule) -> bool:
+    parts = [part for part in graph.modules() if isinstance(part, GraphModule)]
+    return all(
+        _is_of_torch(node.target)
+        for part in parts
+        for node in part.graph.nodes
+        if node.op == "call_function"
+    )
+
+
+def _is_of_torch(target: Any) -> bool:
+    """Whether an operator or a function is torch's own, going by where it says it is from."""
+    package, *rest = (getattr(target, "__module__", None) or "").split(".")
+    if package == "torch" and rest[:1] in (["ops"], ["_ops"]):
+        return rest[1:2] in ([], ["aten"], ["prims"], ["prim"], ["higher_order"])
+    return package in ("torch", "fcall", "_operator", "math", "builtins", "")
