@@ -24,9 +24,10 @@ FILES = {
 """The path of each module of fcall, by its full name."""
 
 FLOORS = [
-    {"_torch", "routes"},
+    {"_torch", "routes", "scoped"},
     {"errors", "deprecation", "batch_norm"},
     {"binding", "meta", "refused", "rnn"},
+    {"mismatch"},
     {"substitution", "stacking"},
     {"plan"},
     {"eager", "operator"},

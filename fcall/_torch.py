@@ -47,6 +47,7 @@ __all__ = [
     "in_proxy_mode",
     "in_vmap_or_forward_mode",
     "inductor",
+    "parametrization_cache",
     "pre_dispatch_proxy_mode",
     "pytree",
     "reenter_make_fx",
@@ -165,17 +166,19 @@ def _codes_of(things: Iterable[Any]) -> Iterator[CodeType]:
             yield from _codes_of(v for v in vars(thing).values() if isinstance(v, FunctionType))
 
 
-def set_parametrization_cache(cache: dict[Any, Any] | None) -> dict[Any, Any] | None:
-    """Set what ``parametrize.cached()`` keeps its tensors in, and return what that was.
+def parametrization_cache() -> dict[Any, Any] | None:
+    """Return what ``parametrize.cached()`` keeps its tensors in, or None if it keeps nothing now.
 
-    It knows a tensor by its module and name, whatever the weights. Where torch keeps it otherwise
-    some day, or nothing is kept, there is nothing to set, and the result is None.
+    It knows a tensor by its module and name, whatever the weights. Should torch keep it otherwise
+    some day, there is none.
     """
-    before: dict[Any, Any] | None = getattr(parametrize, "_cache", None)
-    if cache is None or not (before or bool(getattr(parametrize, "_cache_enabled", False))):
-        return None
+    cache: dict[Any, Any] | None = getattr(parametrize, "_cache", None)
+    return cache if cache or getattr(parametrize, "_cache_enabled", False) else None
+
+
+def set_parametrization_cache(cache: dict[Any, Any]) -> None:
+    """Set what ``parametrize.cached()`` keeps its tensors in."""
     parametrize._cache = cache
-    return before
 
 
 FUNCTIONAL_CALLS = [
@@ -333,13 +336,13 @@ def compiled_calls() -> SimpleNamespace:
 
             Of ``loose``, which come after ``exact``, sizes and strides may differ.
             """
-            any_size: list[list[int | None]] = [[None] * t.dim() for t in loose]
-            return TensorGuards(
-                *exact,
-                *loose,
-                dynamic_dims_sizes=[*[list(t.shape) for t in exact], *any_size],
-                dynamic_dims_strides=[*[list(t.stride()) for t in exact], *any_size],
-            ).check
+            any_size: list[Any] = [[None] * t.dim() for t in loose]
+            sizes: Any = [*[list(t.shape) for t in exact], *any_size]
+            strides: Any = [*[list(t.stride()) for t in exact], *any_size]
+            guards = TensorGuards(
+                *exact, *loose, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides
+            )
+            return guards.check
 
         def version_check(dicts: tuple[dict[Any, Any], ...]) -> Callable[[Any], bool]:
             """Return the check, of the same dicts, that nothing was written to any of them."""
@@ -357,6 +360,8 @@ def compiled_calls() -> SimpleNamespace:
 
         dispatch_modes = torch._C._len_torch_dispatch_stack
         is_recorded_by_jit = torch._C._get_tracing_state
+        pre_dispatch_mode = _get_dispatch_mode_pre_dispatch
+        forward_ad = torch.autograd.forward_ad
         undo_transforms = torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth
 
         def is_plain() -> bool:
@@ -364,10 +369,15 @@ def compiled_calls() -> SimpleNamespace:
             return (
                 _peek_interpreter_stack() is None
                 and not dispatch_modes()
+                and pre_dispatch_mode(_proxy) is None
+                and forward_ad._current_level == -1
                 and is_recorded_by_jit() is None
-                and (stance := eval_frame._stance).stance == "default"
-                and stance.backend is None
             )
+
+        def is_usual() -> bool:
+            """Whether torch.compile is to compile and run as it does if nobody says otherwise."""
+            stance = eval_frame._stance
+            return stance.stance == "default" and stance.backend is None
 
         # Fails here, and not in a call, where these cannot do what they are to do.
         example, entries = torch.zeros(1), {"key": 0}
@@ -379,6 +389,7 @@ def compiled_calls() -> SimpleNamespace:
             version_check=version_check,
             entries_of=entries_of,
             is_plain=is_plain,
+            is_usual=is_usual,
             undo_transforms=undo_transforms,
         )
     except (ImportError, AttributeError, TypeError) as error:

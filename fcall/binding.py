@@ -27,6 +27,7 @@ __all__ = [
     "bind",
     "bind_for_graph",
     "check_values",
+    "has_own_names",
     "is_tensor_like",
     "kept_on_meta",
     "owner_at",
@@ -77,6 +78,10 @@ class Binding(NamedTuple):
     """Paths of submodules that keep a second list of their weights."""
 
 
+TENSORS = {torch.Tensor, nn.Parameter}
+"""The classes of nearly all values."""
+
+
 def is_tensor_like(value: Any) -> bool:
     """Whether ``value`` is a tensor or overrides torch functions as one does."""
     return isinstance(value, torch.Tensor) or hasattr(type(value), "__torch_function__")
@@ -125,15 +130,38 @@ def _groups(named: Sequence[tuple[str, Slot, Any]], tie_weights: bool) -> dict[s
     return {name: first_names.setdefault(_identity(tensor), name) for name, _, tensor in named}
 
 
+def has_own_names(module: nn.Module) -> bool:
+    """Whether ``module`` has its own say in how its tensors are called.
+
+    A wrapper that hides itself does, as those for checkpointing: it leaves the attribute in which
+    it keeps the wrapped module out of the names.
+    """
+    kind = type(module)
+    return (
+        kind.named_parameters is not nn.Module.named_parameters
+        or kind.named_buffers is not nn.Module.named_buffers
+    )
+
+
+def _own_names(module: nn.Module, slot_of: Mapping[Any, Slot]) -> dict[str, Slot]:
+    """Return the slots of the names that ``module`` gives to its tensors, if it has its own say."""
+    if not has_own_names(module):
+        return {}
+    named = [*module.named_parameters(), *module.named_buffers()]
+    return {n: slot_of[_identity(t)] for n, t in named if _identity(t) in slot_of}
+
+
 def _find(
     module: nn.Module,
     names: Sequence[str],
     slots: Mapping[str, Slot],
     first_paths: Mapping[Any, str],
+    slot_of: Mapping[Any, Slot],
     *,
     look_further: bool,
 ) -> tuple[dict[int, Slot], list[str]]:
     """Return the slot of each of ``names``, by its number, and those that are not registered."""
+    slots = {**_own_names(module, slot_of), **slots}
     plain = {_without_compiled(name): slot for name, slot in slots.items()}
     found = {}
     unexpected = []
@@ -143,7 +171,7 @@ def _find(
         if slot is None:
             unexpected.append(name)
             if look_further:
-                slot = _locate(module, name, slots, first_paths)
+                slot = _locate(module, name, slots, first_paths, slot_of)
         if slot is not None:
             found[number] = slot
     return found, unexpected
@@ -186,9 +214,10 @@ def bind(module: nn.Module, names: Sequence[str], *, tie_weights: bool, strict: 
         first_paths.setdefault(_identity(owner), path)
     named = _named_tensors(owners, first_paths)
     slots = {name: slot for name, slot, _ in named}
+    slot_of = {_identity(tensor): slot for _, slot, tensor in reversed(named)}  # the first of ties
     group_of = _groups(named, tie_weights)
 
-    found, unexpected = _find(module, names, slots, first_paths, look_further=not strict)
+    found, unexpected = _find(module, names, slots, first_paths, slot_of, look_further=not strict)
     givers: dict[str, list[int]] = {}
     for number, slot in found.items():
         givers.setdefault(group_of.get(slot.name, slot.name), []).append(number)
@@ -254,9 +283,10 @@ def check_values(
         SharedSlotError: two paths to one submodule have different values, ``tie_weights=False``.
         TiedValuesError: tied names have different values.
     """
-    for name, value in given.items():
-        if not is_tensor_like(value):
-            errors.fail(errors.NotATensorError, name, type(value).__name__)
+    if not TENSORS.issuperset(map(type, given.values())):
+        for name, value in given.items():
+            if not is_tensor_like(value):
+                errors.fail(errors.NotATensorError, name, type(value).__name__)
     for group in same:
         first = given[group[0]]
         if any(given[name] is not first for name in group):
@@ -290,7 +320,11 @@ def _check_name(name: Any) -> None:
 
 
 def _locate(
-    module: nn.Module, name: str, known: Iterable[str], first_paths: Mapping[Any, str]
+    module: nn.Module,
+    name: str,
+    known: Iterable[str],
+    first_paths: Mapping[Any, str],
+    slot_of: Mapping[Any, Slot],
 ) -> Slot:
     """Find the slot of a name that no registered tensor has, as ``torch.func`` does."""
     *parts, key = _without_compiled(name).split(".")
@@ -315,4 +349,6 @@ def _locate(
     of_class = getattr(type(owner), key, None)
     if isinstance(of_class, property) and of_class.fset is None:
         errors.fail(errors.ReadOnlyAttributeError, name, type(owner).__name__)
+    if key not in owner.__dict__ and of_class is None and _identity(value) in slot_of:
+        return slot_of[_identity(value)]  # a __getattr__ leads to it
     return Slot(path, ATTRIBUTE, key)

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, MutableMapping, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fcall import _torch, binding, eager, errors, operator, plan, routes, substitution
-from fcall.binding import check_values
+from fcall.binding import TENSORS, check_values
+from fcall.mismatch import explain_mismatched_shapes
 from fcall.plan import plan_for
 from fcall.refused import refused_write
 from fcall.rnn import needs_plain_rnns, with_plain_rnns
-from fcall.substitution import Substitution, substitution_of
+from fcall.substitution import Substituted, Substitution, substitution_of
 
 __all__ = ["Weights", "functional_call"]
+
+_is_meta = attrgetter("is_meta")
 
 Weights = Mapping[str, Tensor] | Sequence[Mapping[str, Tensor]]
 """Values for parameters and buffers by name, in one mapping or in several without common names."""
@@ -130,17 +134,28 @@ def _call(
     target = module if method is None else getattr(module, method)
     if substitution.rnns and needs_plain_rnns(substitution.rnns, (*values, *args)):
         target = with_plain_rnns(target)
-    swap = eager.Swap(substitution, values)
+    swap = _context(substitution, values)
     try:
         with swap:
             return target(*args, **kwargs)
-    except RuntimeError as error:
+    except Exception as error:
+        swap.close()
         refused = refused_write(module, error)
         if refused:
             raise errors.InPlaceUnderTransformError(*refused) from error
+        explain_mismatched_shapes(module, names, values, error)
         raise
     finally:
+        swap.close()  # an interrupt may have come before the context could
         write_back(dicts, names, swap.changed)
+
+
+def _context(
+    substitution: Substitution, values: Sequence[Any], *, is_block: bool = False
+) -> eager.Swap | Substituted:
+    if torch.compiler.is_dynamo_compiling():
+        return Substituted(substitution, values)
+    return eager.Swap(substitution, values, is_block=is_block)
 
 
 def prepare(
@@ -167,21 +182,22 @@ def prepare(
         found = plan_for(module, names, tie_weights=tie_weights, strict=strict)
         on_meta = [name for name, (store, key) in found.kept if store.get(key, None).is_meta]
     check_values(module, given, found.same, tie_weights=tie_weights)
-    if on_meta:
-        _refuse_meta(module, on_meta, (values, inputs))
+    given_on_meta = _names_on_meta(given)
+    if on_meta or given_on_meta:
+        _refuse_meta(module, on_meta, given_on_meta, (values, inputs))
     return names, values, found
 
 
 def swap_for_block(
     module: nn.Module, dicts: Weights, *, tie_weights: bool, strict: bool
-) -> tuple[tuple[str, ...], eager.Swap]:
+) -> tuple[tuple[str, ...], eager.Swap | Substituted]:
     """Return the names given, and the context in which their values stand in ``module``."""
     names, values, substitution = prepare(module, dicts, (), tie_weights=tie_weights, strict=strict)
     if torch.compiler.is_dynamo_compiling():
         operator.record_inlined(type(module).__name__, "a block of calls is no single call")
     else:
         routes.record(type(module).__name__, routes.EAGER)
-    return names, eager.Swap(substitution, values)
+    return names, _context(substitution, values, is_block=True)
 
 
 def merge(dicts: Weights) -> dict[str, Any]:
@@ -230,11 +246,23 @@ def refuse_unsupported(module: nn.Module, method: str | None) -> None:
         errors.fail(errors.UnknownMethodError, name, method, dir(type(module)))
 
 
-def _refuse_meta(module: nn.Module, on_meta: list[str], given: Any) -> None:
-    """Refuse to mix real tensors with tensors on meta that were given no value."""
+def _names_on_meta(given: Mapping[str, Any]) -> list[str]:
+    values = given.values()
+    if (
+        not torch.compiler.is_dynamo_compiling()
+        and TENSORS.issuperset(map(type, values))
+        and not any(map(_is_meta, values))  # no bytecode a value
+    ):
+        return []
+    return [name for name, value in given.items() if getattr(value, "is_meta", False)]
+
+
+def _refuse_meta(module: nn.Module, own: list[str], values: list[str], given: Any) -> None:
+    """Refuse to mix real tensors with tensors on meta: the module's own, or values."""
     leaves = _torch.pytree.tree_leaves(given)
     if any(isinstance(leaf, torch.Tensor) and not leaf.is_meta for leaf in leaves):
-        errors.fail(errors.MetaTensorError, type(module).__name__, sorted(on_meta))
+        whose = "given no value" if own else "given a value there"
+        errors.fail(errors.MetaTensorError, type(module).__name__, whose, sorted(own or values))
 
 
 # Graphs start at functional_call or above it, not in what it calls.

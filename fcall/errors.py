@@ -31,6 +31,7 @@ __all__ = [
     "NotAModuleError",
     "NotATensorError",
     "NotATensorSlotError",
+    "PackedSequenceError",
     "PatchNotStartedError",
     "PathThroughValueError",
     "ReadOnlyAttributeError",
@@ -193,11 +194,11 @@ class StrictKeysError(FcallError, RuntimeError):
 
 
 class MetaTensorError(FcallError, RuntimeError):
-    """A tensor on meta was left in a call with real tensors. Details: the module's type, names."""
+    """A tensor on meta is in a call with real ones. Details: module's type, whose it is, names."""
 
     template = (
-        "{} has tensors on the meta device that were given no value, while the call has real "
-        "tensors: {}. A meta tensor holds no numbers; give a value for each of these names."
+        "{} has tensors on the meta device that were {}, while the call has real tensors: {}. "
+        "A meta tensor holds no numbers; give a real value for each of these names."
     )
 
 
@@ -283,7 +284,7 @@ class InPlaceUnderTransformError(FcallError, RuntimeError):
 
 
 class PackedSequenceError(FcallError, RuntimeError):
-    """An RNN was given a packed sequence where it is computed step by step."""
+    """An RNN computed step by step was given a packed sequence. Details: none."""
 
     template = (
         "an RNN was given a packed sequence under vmap, in forward mode, or in a compiled function "

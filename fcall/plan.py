@@ -15,12 +15,15 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from itertools import chain
+from operator import attrgetter
 from typing import Any
 
 from torch import nn
 
-from fcall.binding import ATTRIBUTE, Binding, bind, owner_at
-from fcall.substitution import Substitution, entry_of
+from fcall import scoped
+from fcall.binding import ATTRIBUTE, Binding, bind, has_own_names, owner_at
+from fcall.substitution import Store, Substitution, entry_of, stores_of
 
 __all__ = ["binding_for", "plan_for"]
 
@@ -34,15 +37,8 @@ def plan_for(
     module: nn.Module, names: Sequence[str], *, tie_weights: bool, strict: bool
 ) -> Substitution:
     """Return what giving ``names`` to ``module`` writes; the errors are those of ``bind``."""
-    plan, owners = _current_plan(module, tuple(names), tie_weights, strict)
-    return Substitution(
-        entries=[entry_of(owners[i], store, key) for i, store, key in plan.slots],
-        sources=plan.binding.sources,
-        homes=plan.binding.homes,
-        same=plan.binding.same,
-        kept=[(name, entry_of(owners[i], store, key)) for name, i, store, key in plan.kept],
-        rnns=[owners[i] for i in plan.rnns],  # type: ignore[misc]
-    )
+    plan, owners, stores = _current_plan(module, tuple(names), tie_weights, strict)
+    return plan.substitution(owners, stores)
 
 
 def binding_for(
@@ -58,59 +54,113 @@ class _Plan:
     def __init__(self, module: nn.Module, names: tuple[str, ...], ties: bool, strict: bool) -> None:
         self.binding = bind(module, names, tie_weights=ties, strict=strict)
         owners = list(module.modules())
-        self.structure = _structure(owners)
+        self.structure = _structure(_stores(owners))
         number = {id(owner): i for i, owner in enumerate(owners)}
         paths = {path: number[id(owner)] for path, owner in module.named_modules()}
-        # Where a plain attribute is found depends on more than the structure tells.
-        self.cacheable = all(slot.store != ATTRIBUTE for slot in self.binding.slots)
+        # Where a plain attribute is found depends on more than the structure tells; so does what
+        # a module calls its tensors itself.
+        attributes = any(slot.store == ATTRIBUTE for slot in self.binding.slots)
+        self.cacheable = not attributes and not has_own_names(module)
         for slot in self.binding.slots:
             if slot.path not in paths:  # a module in a plain attribute
                 self.cacheable = False
                 paths[slot.path] = len(owners)
                 owners.append(owner_at(module, slot.path))
         self.owners = [weakref.ref(owner) for owner in owners]
-        self.slots = [(paths[slot.path], slot.store, slot.key) for slot in self.binding.slots]
-        self.kept = [
-            (slot.name, paths[slot.path], slot.store, slot.key) for slot in self.binding.kept
-        ]
+        slots, kept = self.binding.slots, self.binding.kept
+        self.places = [(paths[slot.path], slot.store, slot.key) for slot in slots]
+        self.keys = [slot.key for slot in slots]
+        self.kept = [(slot.name, (paths[slot.path], slot.store, slot.key)) for slot in kept]
         self.rnns = [paths[path] for path in self.binding.rnns]
+        stores = _stores(owners)
+        self.positions = [
+            3 * number + STORES.index(store) if store in STORES else -1
+            for number, store, _ in self.places
+        ]
+        dicts = {i for i in self.positions if i >= 0 and isinstance(stores[i], dict)}
+        self.is_plain = dicts == set(self.positions)
+        self.dicts = sorted(dicts)
+        self.order = [key for i in self.dicts for key in stores[i]]
+        self.counts = [len(stores[i]) for i in self.dicts]
 
     def live_owners(self) -> list[nn.Module]:
         """Return the submodules that are still there."""
         return [owner for reference in self.owners if (owner := reference()) is not None]
 
+    def substitution(self, owners: list[nn.Module], stores: list[Any]) -> Substitution:
+        """Return what the binding means for the live ``owners``, which have these ``stores``."""
+        written: list[Store]
+        if self.is_plain:
+            written = [*map(stores.__getitem__, self.positions)]
+            dicts, order, counts = [*map(stores.__getitem__, self.dicts)], self.order, self.counts
+        else:
+            written = [
+                entry_of(owners[number], store, key)[0] for number, store, key in self.places
+            ]
+            dicts = list({id(d): d for d in stores_of(zip(written, self.keys))}.values())
+            order, counts = [*chain.from_iterable(dicts)], [*map(len, dicts)]
+        return Substitution(
+            owners=owners,
+            places=self.places,
+            stores=written,
+            keys=self.keys,
+            sources=self.binding.sources,
+            homes=self.binding.homes,
+            same=self.binding.same,
+            kept_places=self.kept,
+            rnns=[owners[number] for number in self.rnns],  # type: ignore[misc]
+            dicts=dicts,
+            order=order,
+            counts=counts,
+        )
+
 
 def _current_plan(
     module: nn.Module, names: tuple[str, ...], tie_weights: bool, strict: bool
-) -> tuple[_Plan, list[nn.Module]]:
+) -> tuple[_Plan, list[nn.Module], list[Any]]:
     plans = _plans_of(module)
     key = (names, tie_weights, strict)
     plan = plans.get(key)
     if plan is not None:
         owners = plan.live_owners()
-        if len(owners) == len(plan.owners) and _structure(owners) == plan.structure:
-            return plan, owners
+        stores = _stores(owners)
+        if _structure(stores) == plan.structure:
+            return plan, owners, stores
     plan = _Plan(module, names, tie_weights, strict)
     if plan.cacheable:
         plans.pop(key, None)  # so that the newest is last
         for oldest in list(plans)[: 1 - PLANS_PER_MODULE]:  # other threads may do the same
             plans.pop(oldest, None)
         plans[key] = plan
-    return plan, plan.live_owners()
+    owners = plan.live_owners()
+    return plan, owners, _stores(owners)
 
 
-def _structure(owners: list[nn.Module]) -> list[Any]:
-    """Return names and identities of all that ``owners`` hold; equal lists mean equal structure."""
-    structure: list[Any] = []
-    for owner in owners:
-        parameters, buffers, modules = owner._parameters, owner._buffers, owner._modules
-        # The lengths tell where the entries of one dict end and those of the next begin.
-        structure.append((len(parameters), len(buffers), len(modules)))
-        for entries in (parameters, buffers, modules):
-            if entries:
-                structure.extend(entries.keys())  # scripted modules' dicts have no iterator
-                structure.extend(map(id, entries.values()))
-    return structure
+STORES = ("_parameters", "_buffers", "_modules")
+_stores_of_one = attrgetter(*STORES)
+
+
+def _stores(owners: list[nn.Module]) -> list[Any]:
+    """Return the three dicts of each of ``owners``, as whoever asks sees them."""
+    stores = [*chain.from_iterable(map(_stores_of_one, owners))]
+    return [*map(scoped.own_dict, stores)] if scoped.count() else stores
+
+
+def _structure(stores: list[Any]) -> tuple[list[int], list[str], list[int]]:
+    """Return names and identities of all that is held; equal ones mean equal structure.
+
+    No bytecode runs for a single entry.
+    """
+    held = [*filter(None, stores)]
+    if scoped.count():  # what a scope shows is not in a dict's storage
+        held = [store.copy() if type(store) is scoped.ScopedDict else store for store in held]
+    try:
+        keys, values = [*chain.from_iterable(held)], chain.from_iterable(map(dict.values, held))
+    except TypeError:  # scripted modules' dicts are none
+        keys = [*chain.from_iterable(store.keys() for store in held)]
+        values = chain.from_iterable(store.values() for store in held)
+    # The lengths tell where the entries of one store end and those of the next begin.
+    return [*map(len, stores)], keys, [*map(id, values)]
 
 
 _plans: dict[int, tuple[weakref.ref[nn.Module], dict[_Key, _Plan]]] = {}

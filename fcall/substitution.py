@@ -13,11 +13,14 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from fcall.binding import ATTRIBUTE, BYPASS, Binding, owner_at
+from fcall.scoped import ABSENT
 
 __all__ = [
-    "ABSENT",
+    "Bypasses",
     "Entry",
+    "Place",
     "Store",
+    "Substituted",
     "Substitution",
     "entry_of",
     "put_back_rnn_lists",
@@ -34,6 +37,7 @@ class Store(Protocol):
     """What is written to: a dict, or what looks like one."""
 
     def get(self, key: str, default: Any, /) -> Any: ...
+    def __getitem__(self, key: str, /) -> Any: ...
     def __setitem__(self, key: str, value: Any, /) -> None: ...
     def __delitem__(self, key: str, /) -> None: ...
 
@@ -41,40 +45,71 @@ class Store(Protocol):
 Entry = tuple[Store, str]
 """A store and the key in it that is written."""
 
-ABSENT: Any = object()
-"""In place of the value of an entry that is not there."""
+Place = tuple[int, str, str]
+"""The number of an owner, the kind of store that it has, and the key in that."""
 
 
 class Substitution(NamedTuple):
     """What one call writes into the live module: a binding made concrete."""
 
-    entries: list[Entry]
-    """The entries to be written, each once."""
-    sources: list[int]
-    """For each entry the number of the given value that goes there."""
-    homes: list[int]
-    """For each given value the position of the entry that holds its successor after the call."""
-    same: list[list[str]]
+    owners: Sequence[nn.Module]
+    """The submodules, by their numbers."""
+    places: Sequence[Place]
+    """Where values go, each once."""
+    stores: Sequence[Store]
+    """The stores of the places."""
+    keys: Sequence[str]
+    """The keys of the places."""
+    sources: Sequence[int]
+    """For each place the number of the given value that goes there."""
+    homes: Sequence[int]
+    """For each given value the position of the place that holds its successor after the call."""
+    same: Sequence[Sequence[str]]
     """Groups of names that need one and the same value."""
-    kept: list[tuple[str, Entry]]
+    kept_places: Sequence[tuple[str, Place]]
     """The registered tensors that stay the module's own, by name."""
-    rnns: list[nn.RNNBase]
+    rnns: Sequence[nn.RNNBase]
     """Submodules that keep a second list of their weights."""
+    dicts: Sequence[dict[str, Any]] = ()
+    """The dicts among the stores, or in them, each once."""
+    order: Sequence[str] = ()
+    """The keys of all of these, one dict after the other."""
+    counts: Sequence[int] = ()
+    """How many are of each."""
+
+    @property
+    def entries(self) -> list[Entry]:
+        """The entries to be written."""
+        return list(zip(self.stores, self.keys))
+
+    @property
+    def kept(self) -> list[tuple[str, Entry]]:
+        """The entries of the registered tensors that stay the module's own, by name."""
+        return [
+            (name, entry_of(self.owners[number], store, key))
+            for name, (number, store, key) in self.kept_places
+        ]
 
 
 def substitution_of(module: nn.Module, binding: Binding) -> Substitution:
     """Return what ``binding`` means for the live ``module``."""
-    owners: dict[str, nn.Module] = {}
+    numbers: dict[str, int] = {}
+    owners: list[nn.Module] = []
     for path, _, _ in (*binding.slots, *binding.kept):
-        if path not in owners:
-            owners[path] = owner_at(module, path)
+        if path not in numbers:
+            numbers[path] = len(owners)
+            owners.append(owner_at(module, path))
+    places = [(numbers[slot.path], slot.store, slot.key) for slot in binding.slots]
     return Substitution(
-        entries=[entry_of(owners[path], store, key) for path, store, key in binding.slots],
+        owners=owners,
+        places=places,
+        stores=[entry_of(owners[number], store, key)[0] for number, store, key in places],
+        keys=[slot.key for slot in binding.slots],
         sources=binding.sources,
         homes=binding.homes,
         same=binding.same,
-        kept=[
-            (slot.name, entry_of(owners[slot.path], slot.store, slot.key)) for slot in binding.kept
+        kept_places=[
+            (slot.name, (numbers[slot.path], slot.store, slot.key)) for slot in binding.kept
         ],
         rnns=[owner_at(module, path) for path in binding.rnns],  # type: ignore[misc]
     )
@@ -83,7 +118,7 @@ def substitution_of(module: nn.Module, binding: Binding) -> Substitution:
 def entry_of(owner: nn.Module, store: str, key: str) -> Entry:
     """Return the entry that a slot stands for."""
     if store == BYPASS:
-        return _Bypasses(owner), key
+        return Bypasses(owner.parametrizations._modules), key  # type: ignore[union-attr]
     if store == ATTRIBUTE:
         return _Attributes(owner), key
     entries = getattr(owner, store)
@@ -94,7 +129,7 @@ def stores_of(entries: Iterable[Entry]) -> list[dict[str, Any]]:
     """Return the dicts that are written to for ``entries``, some of them more than once."""
     stores = []
     for store, _ in entries:
-        if isinstance(store, _Bypasses):
+        if isinstance(store, Bypasses):
             stores.append(store.parametrizations)
         elif isinstance(store, dict):
             stores.append(store)
@@ -157,6 +192,40 @@ def reassigned(
     return changed
 
 
+class Substituted:
+    """A context in which the given values stand in the module, for Dynamo to trace."""
+
+    def __init__(self, substitution: Substitution, values: Sequence[Any]) -> None:
+        self.substitution = substitution
+        self.values = values
+        self.entries = list(zip(substitution.stores, substitution.keys))
+        self.originals: list[Any] = []
+        self.lists: list[tuple[nn.RNNBase, Any, Any]] = []
+        self.changed: dict[int, Any] = {}
+        """What the module reassigned, by the numbers of the values; known when the context ends."""
+
+    def __enter__(self) -> Substituted:
+        to = self.substitution
+        self.lists = rnn_lists(to.rnns)
+        try:
+            swap_in(self.entries, [self.values[i] for i in to.sources], self.originals)
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the context, if it has not ended."""
+        after = swap_out(self.entries, self.originals)
+        put_back_rnn_lists(self.lists)
+        if after:
+            self.changed = reassigned(self.substitution, self.values, after)
+        self.originals, self.lists = [], []
+
+
 class _ScriptedDict:
     """The parameters or buffers of a scripted submodule, which torch wraps in what is no dict."""
 
@@ -166,11 +235,19 @@ class _ScriptedDict:
     def get(self, key: str, default: Any) -> Any:
         return self.entries[key] if key in self.entries else default  # noqa: SIM401, it has no get
 
+    def __getitem__(self, key: str) -> Any:
+        return self.entries[key]
+
     def __setitem__(self, key: str, value: Any) -> None:
         self.entries[key] = value
 
     def __delitem__(self, key: str) -> None:
         del self.entries[key]
+
+
+def _keeps_values(of_class: Any) -> bool:
+    """Whether an attribute of a class keeps the instance's values: a property, one of __slots__."""
+    return hasattr(type(of_class), "__set__")
 
 
 class _Attributes:
@@ -180,12 +257,18 @@ class _Attributes:
         self.owner = owner
 
     def get(self, key: str, default: Any) -> Any:
-        if isinstance(getattr(type(self.owner), key, None), property):
-            return getattr(self.owner, key)
+        if _keeps_values(getattr(type(self.owner), key, None)):
+            return getattr(self.owner, key, default)
         for entries in (self.owner.__dict__, *self._registered()):
             if key in entries:
                 return entries[key]
         return default  # an attribute of the class is not the module's own
+
+    def __getitem__(self, key: str) -> Any:
+        value = self.get(key, ABSENT)
+        if value is ABSENT:
+            raise KeyError(key)
+        return value
 
     def __setitem__(self, key: str, value: Any) -> None:
         for entries in self._registered():
@@ -201,23 +284,27 @@ class _Attributes:
         return self.owner._parameters, self.owner._buffers
 
 
-class _Bypasses:
+class Bypasses:
     """The parametrized tensors of a module by their plain names.
 
     A substituted one takes the place of its parametrization as a whole, as ``torch.func`` documents
     (it runs ``right_inverse`` instead).
     """
 
-    def __init__(self, owner: nn.Module) -> None:
-        self.parametrizations: dict[str, Any] = owner.parametrizations._modules  # type: ignore[union-attr]
+    def __init__(self, parametrizations: dict[str, Any]) -> None:
+        self.parametrizations = parametrizations
+
+    def __getitem__(self, key: str) -> Any:
+        entry = self.parametrizations[key]
+        return entry.value if isinstance(entry, _Bypass) else entry
 
     def get(self, key: str, default: Any) -> Any:
         entry = self.parametrizations.get(key, default)
         return entry.value if isinstance(entry, _Bypass) else entry
 
     def __setitem__(self, key: str, value: Any) -> None:
-        is_original = isinstance(value, parametrize.ParametrizationList)
-        self.parametrizations[key] = value if is_original else _Bypass(value)
+        is_itself = value is ABSENT or isinstance(value, parametrize.ParametrizationList)
+        self.parametrizations[key] = value if is_itself else _Bypass(value)
 
     def __delitem__(self, key: str) -> None:
         del self.parametrizations[key]

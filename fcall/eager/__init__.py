@@ -1,5 +1,6 @@
-"""The route of a call outside of any trace: values are swapped into the live module."""
+"""The route of a call outside of any trace: values stand in the live module."""
 
+from fcall.eager import custom_backward, recompute, threads
 from fcall.eager.swap import Swap
 
-__all__ = ["Swap"]
+__all__ = ["Swap", "custom_backward", "recompute", "threads"]

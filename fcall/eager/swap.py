@@ -2,73 +2,115 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import _thread
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
+from operator import is_not
 from typing import Any
 
-import torch
+from fcall import scoped
+from fcall.eager.beside import Beside
+from fcall.eager.direct import Direct
+from fcall.substitution import Substitution, reassigned
 
-from fcall import _torch
-from fcall.substitution import (
-    Substitution,
-    put_back_rnn_lists,
-    reassigned,
-    rnn_lists,
-    stores_of,
-    swap_in,
-    swap_out,
-)
+__all__ = ["Swap", "active"]
 
-__all__ = ["Swap"]
+
+_active: ContextVar[tuple[Swap, ...]] = ContextVar("fcall_active", default=())
+
+
+def active() -> list[Swap]:
+    """Return the swaps in force for this thread or task, outermost first."""
+    return [swap for swap in _active.get() if swap.in_force]
 
 
 class Swap:
-    """A context in which the given values stand in the module. It is mutated until then.
+    """A context in which the given values stand in the module.
 
-    Under Dynamo it is traced as a part of the caller's graph.
+    Args:
+        substitution: Where the values go.
+        values: The given values.
+        is_block: Whether the context is a block of the user's. Blocks may be left in another order
+            than they were entered, by generators or tasks that take turns; a call may not.
     """
 
-    def __init__(self, substitution: Substitution, values: Sequence[Any]) -> None:
+    __slots__ = (
+        "_place",
+        "at_end",
+        "changed",
+        "given",
+        "in_force",
+        "substitution",
+        "values",
+    )
+
+    def __init__(
+        self, substitution: Substitution, values: Sequence[Any], *, is_block: bool = False
+    ) -> None:
         self.substitution = substitution
         self.values = values
         self.changed: dict[int, Any] = {}
         """What the module reassigned, by the numbers of the values; known when the context ends."""
-        self._originals: list[Any] = []
-        self._orders: list[tuple[dict[str, Any], list[str]]] = []
-        self._cache: Any = None
+        self.given: Sequence[Any] = ()
+        """For each place the value that was written first."""
+        self.at_end: list[Callable[[], None]] = []
+        """What is to be done when the context ends, before values are taken out."""
+        self.in_force = False
+        # Only this thread can start others.
+        others_may_look = is_block or _thread._count() or scoped.count()
+        self._place = (Beside if others_may_look else Direct)(substitution)
 
     def __enter__(self) -> Swap:
-        if not torch.compiler.is_dynamo_compiling():
-            self._orders = _key_orders(self.substitution)
-            self._cache = _torch.set_parametrization_cache({})
-        self._lists = rnn_lists(self.substitution.rnns)
-        try:
-            values = [self.values[i] for i in self.substitution.sources]
-            swap_in(self.substitution.entries, values, self._originals)
-        except BaseException:
-            self.__exit__()
-            raise
+        self.given = [*map(self.values.__getitem__, self.substitution.sources)]
+        self.put_in(self.given)
         return self
 
     def __exit__(self, *exception: object) -> None:
-        after = swap_out(self.substitution.entries, self._originals)
-        put_back_rnn_lists(self._lists)
-        if not torch.compiler.is_dynamo_compiling():
-            _torch.set_parametrization_cache(self._cache)
-            _put_back_key_orders(self._orders)
-        self.changed = reassigned(self.substitution, self.values, after)
+        self.close()
 
+    def close(self) -> None:
+        """End the context, if it has not ended."""
+        try:
+            while self.at_end:
+                self.at_end.pop(0)()
+        finally:
+            after = self.take_out()  # the same again if it is called again
+            if any(map(is_not, after, self.given)):
+                self.changed = reassigned(self.substitution, self.values, after)
 
-def _key_orders(substitution: Substitution) -> list[tuple[dict[str, Any], list[str]]]:
-    stores = {id(store): store for store in stores_of(substitution.entries)}
-    return [(store, list(store)) for store in stores.values()]
+    def values_now(self) -> Sequence[Any]:
+        """Return for each place what stands there, ``ABSENT`` for nothing. Not to be mutated."""
+        now = self._place.values_now()
+        # Many may be kept, one for each checkpoint.
+        return now if any(map(is_not, now, self.given)) else self.given
 
+    def put_in(self, values: Sequence[Any]) -> None:
+        """Have for each place a value, or ``ABSENT``, stand there."""
+        try:
+            self._place.put_in(values)
+            self.in_force = True
+            _active.set((*_active.get(), self))
+        except BaseException:
+            self.take_out()
+            raise
 
-def _put_back_key_orders(orders: list[tuple[dict[str, Any], list[str]]]) -> None:
-    """Undo what deleting and registering again does: an optimizer counts parameters by order."""
-    for store, order in orders:
-        if list(store) != order:
-            entries = dict(store)
-            store.clear()
-            for key in (*order, *entries):
-                if key in entries:
-                    store[key] = entries[key]
+    def take_out(self) -> list[Any]:
+        """Give the module back its own, and return for each place what stood there."""
+        try:
+            return self._place.take_out()
+        finally:
+            if self.in_force:
+                self.in_force = False
+                _active.set(tuple(swap for swap in _active.get() if swap is not self))
+
+    def suspend(self) -> Callable[[], None]:
+        """Take it out of force for this thread or task, and return how to undo that."""
+        before = _active.get()
+        _active.set(tuple(swap for swap in before if swap is not self))
+        standing = self._place.suspend()
+
+        def resume() -> None:
+            self._place.resume(standing)
+            _active.set(before)
+
+        return resume

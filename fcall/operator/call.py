@@ -13,15 +13,7 @@ from fcall.binding import Binding, bind_for_graph
 from fcall.operator.names import input_names, placeholder_name
 from fcall.operator.register import problem_with_dynamo
 from fcall.rnn import needs_plain_rnns, with_plain_rnns
-from fcall.substitution import (
-    Substitution,
-    put_back_rnn_lists,
-    reassigned,
-    rnn_lists,
-    stores_of,
-    swap_in,
-    swap_out,
-)
+from fcall.substitution import Substituted, Substitution, stores_of
 
 if not _torch.OPERATOR_PROBLEM:
     from fcall.operator.hop import bind_op, functional_call_op
@@ -90,16 +82,10 @@ def call(
         for i, operand in zip(tensors, operands[len(values) :]):
             inputs[i] = operand
         args, kwargs = _torch.pytree.tree_unflatten(inputs, spec)
-        originals: list[Any] = []
-        after: list[Any] = []
-        lists = rnn_lists(substitution.rnns)
-        try:
-            swap_in(substitution.entries, [state[i] for i in substitution.sources], originals)
+        substituted = Substituted(substitution, state)
+        with substituted:
             out = target(*args, **kwargs)
-        finally:
-            after = swap_out(substitution.entries, originals)
-            put_back_rnn_lists(lists)
-        return out, reassigned(substitution, state, after)
+        return out, substituted.changed
 
     operands = (*values, *[leaves[i] for i in tensors])
     if torch.compiler.is_dynamo_compiling() and problem_with_dynamo():
@@ -130,14 +116,17 @@ def _with_kept(
 
     Dynamo makes operands of whatever a body uses; make_fx makes constants of what is no operand.
     """
-    names = (*names, *[name for name, _ in substitution.kept])
-    own = [store.get(key, None) for _, (store, key) in substitution.kept]
-    added = range(len(substitution.entries), len(substitution.entries) + len(own))
+    names = (*names, *[name for name, _ in substitution.kept_places])
+    kept = [entry for _, entry in substitution.kept]
+    own = [store.get(key, None) for store, key in kept]
+    count = len(substitution.places)
     substitution = substitution._replace(
-        entries=[*substitution.entries, *[entry for _, entry in substitution.kept]],
+        places=[*substitution.places, *[place for _, place in substitution.kept_places]],
+        stores=[*substitution.stores, *[store for store, _ in kept]],
+        keys=[*substitution.keys, *[key for _, key in kept]],
         sources=[*substitution.sources, *range(len(values), len(values) + len(own))],
-        homes=[*substitution.homes, *added],
-        kept=[],
+        homes=[*substitution.homes, *range(count, count + len(own))],
+        kept_places=[],
     )
     return names, (*values, *own), substitution
 

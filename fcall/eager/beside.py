@@ -1,0 +1,97 @@
+"""Values beside the live module's own dicts, seen by one thread or task alone.
+
+For when others may look. The module's own tensors stay where they are; see :mod:`fcall.scoped`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from fcall import _torch
+from fcall.binding import ATTRIBUTE, BYPASS
+from fcall.eager.direct import read, write
+from fcall.scoped import ABSENT, Scope, ScopedCache
+from fcall.substitution import Bypasses, Store, Substitution
+
+__all__ = ["Beside"]
+
+
+class Beside:
+    """Values over the module's own, for the thread or task that put them there."""
+
+    def __init__(self, substitution: Substitution) -> None:
+        self.substitution = substitution
+        self._scope: Scope | None = None
+        self._taken: list[Any] = []
+        self._stores: list[Store] = []
+        self._exposed: list[tuple[Store, str, Any]] = []
+
+    def put_in(self, values: Sequence[Any]) -> None:
+        """Have a value, or ``ABSENT``, stand in each place."""
+        to = self.substitution
+        self._taken, self._stores, self._exposed = [], [], []
+        self._scope = scope = Scope()
+        layers: dict[tuple[int, str], Store | None] = {}
+        for (number, store, key), own in zip(to.places, to.stores):
+            kind = (number, f"{store}.{key}" if store == ATTRIBUTE else store)
+            if kind not in layers:
+                layers[kind] = _layer_over(scope, to.owners[number], store, key)
+            layer = layers[kind]
+            self._stores.append(own if layer is None else layer)
+        self._exposed = [
+            (own, key, own.get(key, ABSENT))
+            for own, store, key in zip(to.stores, self._stores, to.keys)
+            if own is store
+        ]
+        write(self._stores, to.keys, values)
+        for rnn in to.rnns:
+            names = "_flat_weights", "_flat_weight_refs"
+            seen = [list(getattr(rnn, name)) for name in names]
+            scope.layer_of_attributes(rnn, nn.RNNBase, *names).update(zip(names, seen))
+        cache = _torch.parametrization_cache()
+        if cache is not None and not isinstance(cache, ScopedCache):
+            _torch.set_parametrization_cache(ScopedCache(cache))
+        scope.open()
+
+    def values_now(self) -> list[Any]:
+        """Return for each place what stands there, ``ABSENT`` for nothing."""
+        return read(self._stores, self.substitution.keys)
+
+    def take_out(self) -> list[Any]:
+        """Give the module back its own, and return for each place what stood there.
+
+        If it is interrupted, it can be called again, and does what is left to do.
+        """
+        if self._scope is None:
+            return self._taken
+        self._taken = self._taken or self.values_now()
+        for store, key, original in self._exposed:
+            store[key] = original
+        self._scope.close()
+        self._scope = None
+        return self._taken
+
+    def suspend(self) -> Any:
+        """Leave the scope for a while, in this thread or task, and return what ``resume`` needs."""
+        return self._scope.hide() if self._scope else None
+
+    def resume(self, before: Any) -> None:
+        """Enter it again."""
+        if self._scope:
+            self._scope.show(before)
+
+
+def _layer_over(scope: Scope, owner: nn.Module, store: str, key: str) -> Store | None:
+    """Return where to write what is to be read in ``store`` of ``owner``, in the scope alone.
+
+    None if there is no such thing: for what a scripted submodule keeps, or a property.
+    """
+    if store == BYPASS:
+        layer = scope.layer_of_dict(owner.parametrizations, "_modules")  # type: ignore[arg-type]
+        return Bypasses(layer)
+    if store == ATTRIBUTE:
+        return scope.layer_of_attributes(owner, type(owner), key) if key in vars(owner) else None
+    return scope.layer_of_dict(owner, store) if store in vars(owner) else None

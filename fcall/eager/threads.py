@@ -1,0 +1,46 @@
+"""What a module's forward starts on other threads sees the values given to the call.
+
+So it does where values are written into the module. Where they stand beside it, the context has to
+go along, which Python leaves to who starts a thread.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import copy_context
+from typing import Any
+
+from fcall.eager.swap import active
+
+__all__ = ["take_context_along"]
+
+
+def take_context_along() -> None:
+    """Have threads and executors take the context of a call along. Doing it twice does nothing."""
+    start, submit = threading.Thread.start, ThreadPoolExecutor.submit
+    if getattr(start, "fcall_active", None) is active:
+        return
+
+    @functools.wraps(start)
+    def start_in_context(self: threading.Thread) -> None:
+        if active():
+            self.run = functools.partial(copy_context().run, self.run)  # type: ignore[method-assign]
+        start(self)
+
+    @functools.wraps(submit)  # type: ignore[arg-type]
+    def submit_in_context(
+        self: ThreadPoolExecutor, fn: Callable[..., Any], /, *args: Any, **kwargs: Any
+    ) -> Future[Any]:
+        if active():
+            fn = functools.partial(copy_context().run, fn)
+        return submit(self, fn, *args, **kwargs)
+
+    start_in_context.fcall_active = active  # type: ignore[attr-defined]
+    threading.Thread.start = start_in_context  # type: ignore[method-assign]
+    ThreadPoolExecutor.submit = submit_in_context  # type: ignore[method-assign, assignment]
+
+
+take_context_along()
