@@ -4,6 +4,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 WORKERS ?= 2
+MINUTES ?= 10
 ARGS ?=
 
 # Inductor takes $CXX, or g++ on Linux: where only another compiler is there, name it.
@@ -26,7 +27,7 @@ PYTEST_PARALLEL = $(PYTEST) -n $(WORKERS)
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help setup demo perf test test-fast test-all check format lint types expect clean distclean
+.PHONY: help setup demo perf test test-fast test-all fuzz check format lint types expect clean distclean
 .PHONY: need-python need-compiler
 
 help: ## list the targets
@@ -48,6 +49,9 @@ test-fast: $(VENV)/.installed-test ## the eager tests alone, nothing compiled
 
 test-all: need-compiler $(VENV)/.installed-test ## the slow tests too
 	$(PYTEST_PARALLEL) -m "not cuda" $(ARGS)
+
+fuzz: $(VENV)/.installed-test ## random calls beside an oracle: make fuzz MINUTES=30
+	OMP_NUM_THREADS=1 $(BIN)/python -m compile_tests.fuzz --minutes $(MINUTES) $(ARGS)
 
 check: lint types test ## lint, types and tests: what CI runs
 

@@ -146,14 +146,26 @@ CASES = [
         ],
     ),
     Case(
+        "PackedSequenceError",
+        RuntimeError,
+        (),
+        [
+            "an RNN was given a packed sequence under vmap, in forward mode, or in a compiled ",
+            "function that needs gradients. ",
+            "torch.lstm and its kin have no rules for these, so that fcall computes padded ",
+            "sequences step by step in their stead. ",
+            "Give the RNN a padded sequence, and mask what it returns beyond each length.",
+        ],
+    ),
+    Case(
         "MetaTensorError",
         RuntimeError,
-        ("Net", ["l1.bias", "l2.bias"]),
+        ("Net", "given no value", ["l1.bias", "l2.bias"]),
         [
             "Net has tensors on the meta device that were given no value, ",
             "while the call has real tensors: ['l1.bias', 'l2.bias']. ",
             "A meta tensor holds no numbers; ",
-            "give a value for each of these names.",
+            "give a real value for each of these names.",
         ],
     ),
     Case(

@@ -307,7 +307,7 @@ def test_meta_tensors_without_a_value() -> None:
     values = {"l1.weight": torch.zeros(4, 3), "l2.bias": torch.zeros(2)}
     with unchanged(module), pytest.raises(errors.MetaTensorError) as caught:
         functional_call(module, values, torch.randn(2, 3))
-    assert caught.value.details == ("MLP", ["l1.bias", "l2.weight"])
+    assert caught.value.details == ("MLP", "given no value", ["l1.bias", "l2.weight"])
     assert calls == []
 
 
@@ -339,7 +339,7 @@ def test_ties_that_were_lost_on_meta() -> None:
     base = copy.deepcopy(real).to("meta")
     with pytest.raises(errors.MetaTensorError) as caught:
         functional_call(base, dict(real.named_parameters()), tokens)
-    assert caught.value.details == ("Tied", ["out.weight"])
+    assert caught.value.details == ("Tied", "given no value", ["out.weight"])
     values = {**dict(real.named_parameters()), "out.weight": real.out.weight}
     assert torch.equal(functional_call(base, values, tokens), real(tokens))
 

@@ -1,0 +1,262 @@
+"""A random functional call of a random module, beside the same call of an oracle.
+
+The oracle is a deep copy of the module that owns the values, put there with plain ``setattr``.
+Compared are the output or the exception, all gradients, what is written back, and the state of the
+module afterwards: the substituted tensors as they were, its own as after a plain call.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from random import Random
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import fcall
+from compile_tests.support.oracle import TOLERANCES
+from compile_tests.support.random_modules import (
+    WIDTH,
+    Calls,
+    Inner,
+    Mean,
+    Rebuilt,
+    Steps,
+    Twice,
+    random_module,
+)
+from compile_tests.support.slots import Slot, set_tensor, slots_of
+
+Run = Callable[[nn.Module, dict[str, Tensor], Tensor, bool, bool], Any]
+"""Calls the module with values, an input, ``tie_weights`` and ``strict``; returns its output."""
+
+
+class Call(NamedTuple):
+    """What is given to one call."""
+
+    values: dict[str, Tensor]
+    x: Tensor
+    tie_weights: bool
+    strict: bool
+    fails: bool
+    """Whether a hook raises at the end of one of the submodules."""
+
+
+class Failed(Exception):
+    """Raised by a hook."""
+
+
+def check(rng: Random, run: Run | None = None, *, faults: bool = True) -> None:
+    """Compare one or two calls of a random module, by ``run`` or a random way to call."""
+    module = random_module(rng)
+    if run is compiled and known_to_fail(module):
+        return
+    for _ in range(rng.choice([1, 2])):
+        call = random_call(rng, module, faults=faults)
+        check_call(rng, module, call, run or rng.choice(WAYS))
+
+
+def known_to_fail(module: nn.Module) -> bool:
+    """Whether a compiled call meets what test_fuzz.py has a failing test for."""
+    places = list(module.named_modules(remove_duplicate=False))
+    inner = [part for _, owner in places if type(owner) is Inner for part in owner.modules()]
+    twice = [part for _, owner in places if type(owner) is Twice for part in owner.modules()]
+    means = [id(part) for _, part in places if type(part) is Mean]
+    return (
+        any(type(part) is Steps for part in inner)
+        or any(type(part) is Rebuilt for _, part in places)
+        # torch.compile(module) itself has wrong gradients.
+        or any(type(part) is Mean for part in twice)
+        or len(set(means)) < len(means)
+    )
+
+
+def random_call(rng: Random, module: nn.Module, *, faults: bool) -> Call:
+    """Draw names, values for them, and the rest of a call."""
+    slots = slots_of(module)
+    tie_weights = rng.random() < 0.7
+    names = list(slots)
+    registered = [name for name in names if slots[name].store in ("_parameters", "_buffers")]
+    strict = rng.random() < 0.2
+    if strict:
+        chosen = [name for name in registered if slots[name].tensor is not None]
+    else:
+        chosen = rng.sample(
+            names, rng.choice([0, 1, len(names) // 2, len(names)][: len(names) + 1])
+        )
+    of_group: dict[Any, Tensor] = {}
+    values = {}
+    for name in chosen:
+        group = _group(slots[name], tie_weights)
+        if group not in of_group:
+            of_group[group] = _value(slots[name], rng)
+        values[name] = of_group[group]
+    x = torch.linspace(-1, 1, 3 * WIDTH, dtype=torch.float64).view(3, WIDTH)
+    return Call(values, x, tie_weights, strict, faults and rng.random() < 0.15)
+
+
+def _group(slot: Slot, tie_weights: bool) -> Any:
+    """Return what tells apart the values that may differ."""
+    registered = slot.store in ("_parameters", "_buffers") and slot.tensor is not None
+    return id(slot.tensor) if tie_weights and registered else slot
+
+
+def _value(slot: Slot, rng: Random) -> Tensor:
+    like = slot.tensor if slot.tensor is not None else torch.zeros(WIDTH, dtype=torch.float64)
+    if not like.is_floating_point():
+        return like.clone()
+    generator = torch.Generator().manual_seed(rng.randrange(1000))
+    # Positive, since among the buffers are variances.
+    value = torch.rand(like.shape, generator=generator, dtype=like.dtype) + 0.1
+    return value.requires_grad_(slot.store != "_buffers" and rng.random() < 0.9)
+
+
+def check_call(rng: Random, module: nn.Module, call: Call, run: Run) -> None:
+    """Compare one call with the oracle's."""
+    twin = copy.deepcopy(module)
+    for inner in twin.modules():
+        if isinstance(inner, Inner):
+            inner.functional = False
+    handles = []
+    if call.fails:
+        number = rng.randrange(len(list(module.modules())))
+        parts = [list(m.modules())[number % len(list(m.modules()))] for m in (module, twin)]
+        handles = [part.register_forward_hook(_fail) for part in parts]
+    slots, twin_slots = slots_of(module), slots_of(twin)
+    written = _written(slots, call)
+    leaves = {id(value): _leaf(value, slots[name]) for name, value in call.values.items()}
+    for name, giver in written.items():
+        if twin_slots[name].store != "parametrized":
+            set_tensor(twin_slots[name], leaves[id(call.values[giver])])
+    for slot, giver in {twin_slots[n]: g for n, g in written.items()}.items():
+        if slot.store == "parametrized":
+            set_tensor(slot, leaves[id(call.values[giver])])
+    rest = [slot for name, slot in slots.items() if name not in written]
+    own = {id(slot.tensor) for slot in rest if slot.store != "parametrized"}
+    before = {name: _mark(slots[name], own) for name in written}
+    orders = _key_orders(slots, written)
+    kept = [name for name in slots if name not in written and slots[name].store == "_parameters"]
+    kept = [name for name in kept if slots[name].tensor is not None]
+
+    given = dict(call.values)
+    x, twin_x = (call.x.clone().requires_grad_() for _ in "12")
+    out = _outcome(lambda: run(module, given, x, call.tie_weights, call.strict))
+    expected = _outcome(lambda: twin(twin_x))
+    for handle in handles:
+        handle.remove()
+    assert isinstance(out, Tensor) == isinstance(expected, Tensor), (out, expected)
+
+    if isinstance(out, Tensor):
+        assert_close(out, expected)
+        ours = [x, *call.values.values(), *(slots[name].tensor for name in kept)]
+        theirs = [twin_x, *(leaves[id(v)] for v in call.values.values())]
+        theirs += [twin_slots[name].tensor for name in kept]
+        assert_close(_gradients(out, ours), _gradients(expected, theirs))
+    for name in written:
+        assert _mark(slots[name], own) == before[name], f"{name!r} was changed in the module"
+    assert _key_orders(slots, written) == orders, "the order of names was changed"
+    for owner in module.modules():
+        if isinstance(owner, nn.RNNBase):
+            own = [getattr(owner, name) for name in owner._flat_weights_names]
+            assert list(map(id, owner._flat_weights)) == list(map(id, own))
+    for name, slot in slots.items():
+        if name in given:
+            assert_close(given[name].detach(), twin_slots[name].tensor.detach())
+        elif name not in written and slot.store != "parametrized" and slot.tensor is not None:
+            assert_close(slot.tensor.detach(), twin_slots[name].tensor.detach())
+    counts = [[m.calls for m in part.modules() if isinstance(m, Calls)] for part in (module, twin)]
+    assert counts[0] == counts[1]
+
+
+def assert_close(actual: Any, expected: Any) -> None:
+    """Compare tensors, or lists of them, with the tolerance of float64."""
+    torch.testing.assert_close(actual, expected, equal_nan=True, **TOLERANCES[torch.float64])
+
+
+def _written(slots: dict[str, Slot], call: Call) -> dict[str, str]:
+    """Map each name whose tensor is substituted to the given name that its value comes from."""
+    givers = {}
+    for name in call.values:
+        givers.setdefault(_group(slots[name], call.tie_weights), name)
+    groups = {name: _group(slot, call.tie_weights) for name, slot in slots.items()}
+    return {name: givers[group] for name, group in groups.items() if group in givers}
+
+
+def _leaf(value: Tensor, slot: Slot) -> Tensor:
+    copied = value.detach().clone().requires_grad_(value.requires_grad)
+    return nn.Parameter(copied, value.requires_grad) if slot.store == "_parameters" else copied
+
+
+def _key_orders(slots: dict[str, Slot], written: Iterable[str]) -> list[list[str]]:
+    """Return the names in all dicts that a call writes to."""
+    registered = [slots[n] for n in written if slots[n].store in ("_parameters", "_buffers")]
+    return [list(getattr(slot.owner, slot.store)) for slot in registered]
+
+
+def _mark(slot: Slot, own: set[int]) -> Any:
+    """Return what must stay; of a tensor that is in a slot without a value, too, its identity."""
+    if slot.store == "parametrized":
+        return id(slot.owner.parametrizations[slot.key])  # type: ignore[index,union-attr]
+    tensor = slot.tensor
+    if tensor is None or id(tensor) in own:
+        return id(tensor)
+    return id(tensor), tensor._version, tensor.tolist()
+
+
+def _fail(*_: Any) -> None:
+    raise Failed
+
+
+def _outcome(call: Callable[[], Any]) -> Any:
+    try:
+        return call()
+    except Failed:
+        return "failed"
+
+
+def _gradients(out: Tensor, inputs: list[Tensor]) -> list[Tensor]:
+    """Return the gradients of a function of ``out``; zeros for what it does not depend on."""
+    loss = (out * torch.linspace(1, 2, out.numel(), dtype=out.dtype).view(out.shape)).sum()
+    taken = [tensor for tensor in inputs if tensor.requires_grad]
+    gradients = iter(torch.autograd.grad(loss, taken, materialize_grads=True) if taken else ())
+    return [next(gradients) if t.requires_grad else torch.zeros(()) for t in inputs]
+
+
+# --- the ways to call ---------------------------------------------------------------------------
+
+
+def in_one_dict(module: nn.Module, values: Any, x: Tensor, ties: bool, strict: bool) -> Any:
+    """Call with one dict."""
+    return fcall.functional_call(module, values, x, tie_weights=ties, strict=strict)
+
+
+def in_two_dicts(module: nn.Module, values: Any, x: Tensor, ties: bool, strict: bool) -> Any:
+    """Call with the values in two dicts."""
+    names = list(values)
+    parts = [{name: values[name] for name in names[i::2]} for i in range(2)]
+    try:
+        return fcall.functional_call(module, parts, (x,), tie_weights=ties, strict=strict)
+    finally:
+        for part in parts:
+            values.update(part)
+
+
+def in_a_block(module: nn.Module, values: Any, x: Tensor, ties: bool, strict: bool) -> Any:
+    """Call in a block that has the values."""
+    with fcall.substitute(module, values, tie_weights=ties, strict=strict):
+        return module(x)
+
+
+def compiled(module: nn.Module, values: Any, x: Tensor, ties: bool, strict: bool) -> Any:
+    """Call in a compiled function."""
+    torch._dynamo.reset()
+
+    def call(values: Any, x: Tensor) -> Any:
+        return fcall.functional_call(module, values, x, tie_weights=ties, strict=strict)
+
+    return torch.compile(call, backend="aot_eager")(values, x)
+
+
+WAYS: list[Run] = [in_one_dict, in_two_dicts, in_a_block]
