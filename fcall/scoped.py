@@ -55,7 +55,7 @@ class Scope:
     def open(self) -> None:
         """Enter the scope, in this thread or task."""
         _opened.add(id(self))
-        _open.set((*_open.get(), self))
+        _open.set((*[scope for scope in _open.get() if id(scope) in _opened], self))
 
     def close(self) -> None:
         """Leave it, be it the innermost or not, and be it open or not."""

@@ -89,7 +89,7 @@ class Swap:
         try:
             self._place.put_in(values)
             self.in_force = True
-            _active.set((*_active.get(), self))
+            _active.set((*active(), self))
         except BaseException:
             self.take_out()
             raise
