@@ -6,6 +6,7 @@ import contextlib
 import copy
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -88,6 +89,17 @@ def _damaging(
 @pytest.mark.parametrize("event", ["line", "opcode"])
 def test_a_fault_in_a_call(make: Callable[[], Case], event: str) -> None:
     assert _damaging(make, _by_call, event=event) == []
+
+
+@cases
+def test_a_fault_while_another_thread_lives(make: Callable[[], Case]) -> None:
+    """Then values stand beside the module's own."""
+    end = threading.Event()
+    threading.Thread(target=end.wait).start()
+    try:
+        assert _damaging(make, _by_call, step=2) == []
+    finally:
+        end.set()
 
 
 @cases
