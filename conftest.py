@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,6 +18,15 @@ from sybil.document import PythonDocStringDocument
 from sybil.integration.pytest import SybilItem
 from sybil.parsers.doctest import DocTestParser
 from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
+
+from compile_tests.support.threads import alone
+
+
+@pytest.fixture(autouse=True)
+def _count_no_thread_of_the_runner() -> Iterator[None]:
+    """A call asks whether other threads live; in a test run with pytest-xdist one always does."""
+    with alone():
+        yield
 
 
 def _enter_document(namespace: dict[str, Any]) -> None:

@@ -254,7 +254,9 @@ def _names_on_meta(given: Mapping[str, Any]) -> list[str]:
         and not any(map(_is_meta, values))  # no bytecode a value
     ):
         return []
-    return [name for name, value in given.items() if getattr(value, "is_meta", False)]
+    # As a device, which leaves nothing in a traced graph.
+    tensors = [(name, value) for name, value in given.items() if isinstance(value, torch.Tensor)]
+    return [name for name, value in tensors if value.device.type == "meta"]
 
 
 def _refuse_meta(module: nn.Module, own: list[str], values: list[str], given: Any) -> None:

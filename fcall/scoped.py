@@ -48,7 +48,7 @@ class Scope:
         self.layers: dict[int, dict[str, Any]] = {}
         """What differs in here, by the id of a :class:`ScopedDict`, or of a module."""
         self.cache: tuple[ScopedCache | None, dict[Any, Any]] = (None, {})
-        """What is kept in here in place of that cache, which torch drops to forget what is in it."""
+        """The last of the caches of ``parametrize`` used in here, and what stands in for it."""
         self._dicts: list[tuple[nn.Module, str, ScopedDict]] = []
         self._attributes: list[_ScopedAttribute] = []
 
@@ -224,6 +224,8 @@ class ScopedDict(dict[str, Any]):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return self.__reduce__()
+
+    fromkeys = dict.fromkeys
 
     def __or__(self, other: Any) -> dict[str, Any]:  # type: ignore[override]
         return {**self.copy(), **other}

@@ -64,12 +64,16 @@ class substitute:
         self.names, self.swap = swap_for_block(
             self.module, self.dicts, tie_weights=self.tie_weights, strict=self.strict
         )
-        self.swap.__enter__()
-        self.rnns: Any = None
-        if needs_plain_rnns(self.swap.substitution.rnns, self.swap.values):
-            self.rnns = PlainRNNs()
-            self.rnns.__enter__()
-        return self.module
+        try:
+            self.swap.__enter__()
+            self.rnns: Any = None
+            if needs_plain_rnns(self.swap.substitution.rnns, self.swap.values):
+                self.rnns = PlainRNNs()
+                self.rnns.__enter__()
+            return self.module
+        except BaseException:
+            self.swap.close()
+            raise
 
     def __exit__(
         self,
@@ -80,6 +84,7 @@ class substitute:
         try:
             if self.rnns is not None:
                 self.rnns.__exit__(kind, error, traceback)
-            self.swap.__exit__()
+            self.swap.close()
         finally:
+            self.swap.close()  # an interrupt may have come in between
             write_back(self.dicts, self.names, self.swap.changed)

@@ -5,14 +5,15 @@ For when others may look. The module's own tensors stay where they are; see :mod
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
 
 from fcall import _torch
 from fcall.binding import ATTRIBUTE, BYPASS
-from fcall.eager.direct import read, write
+from fcall.eager.direct import delete_absent, read, write
 from fcall.scoped import ABSENT, Scope, ScopedCache
 from fcall.substitution import Bypasses, Store, Substitution
 
@@ -68,20 +69,24 @@ class Beside:
         if self._scope is None:
             return self._taken
         self._taken = self._taken or self.values_now()
-        for store, key, original in self._exposed:
-            store[key] = original
+        if self._exposed:
+            exposed = list(zip(*self._exposed))
+            write(*exposed)
+            delete_absent(*exposed)
         self._scope.close()
         self._scope = None
         return self._taken
 
-    def suspend(self) -> Any:
-        """Leave the scope for a while, in this thread or task, and return what ``resume`` needs."""
-        return self._scope.hide() if self._scope else None
+    def forget(self) -> None:
+        """Keep no tensor alive."""
+        self._taken, self._exposed = [], []
 
-    def resume(self, before: Any) -> None:
-        """Enter it again."""
-        if self._scope:
-            self._scope.show(before)
+    def hide(self) -> Callable[[], None]:
+        """Leave the scope for a while, in this thread or task, and return how to enter it again."""
+        scope = self._scope
+        if scope is None:
+            return lambda: None
+        return functools.partial(scope.show, scope.hide())
 
 
 def _layer_over(scope: Scope, owner: nn.Module, store: str, key: str) -> Store | None:

@@ -9,13 +9,14 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from itertools import chain, repeat
 from operator import getitem, is_, setitem
+from threading import get_ident
 from typing import Any
 
 from fcall import _torch
 from fcall.scoped import ABSENT
 from fcall.substitution import Store, Substitution, put_back_rnn_lists, rnn_lists
 
-__all__ = ["Direct", "read", "write"]
+__all__ = ["Direct", "delete_absent", "read", "write"]
 
 
 def read(stores: Sequence[Store], keys: Sequence[str]) -> list[Any]:
@@ -39,6 +40,17 @@ class Direct:
         self._originals: list[Any] | None = None
         self._taken: list[Any] = []
         self._in_order: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        self._thread = get_ident()
+
+    @property
+    def is_anothers(self) -> bool:
+        """Whether another thread wrote the values, which this one inherited."""
+        return self._thread != get_ident()
+
+    @property
+    def originals(self) -> list[Any]:
+        """The module's own tensors in each place."""
+        return self._originals or []
 
     def put_in(self, values: Sequence[Any]) -> None:
         """Write a value, or ``ABSENT``, for each place."""
@@ -51,7 +63,7 @@ class Direct:
             _torch.set_parametrization_cache({})
         write(to.stores, to.keys, values)
         if any(map(is_, values, repeat(ABSENT))):
-            _delete_absent(to.stores, to.keys, values)
+            delete_absent(to.stores, to.keys, values)
 
     def values_now(self) -> list[Any]:
         """Return for each place what stands there, ``ABSENT`` for nothing."""
@@ -68,7 +80,7 @@ class Direct:
         self._taken = self._taken or self.values_now()
         write(to.stores, to.keys, originals)
         if any(map(is_, originals, repeat(ABSENT))):
-            _delete_absent(to.stores, to.keys, originals)
+            delete_absent(to.stores, to.keys, originals)
         if self._lists:
             put_back_rnn_lists(self._lists)
         if self._cache is not None:
@@ -94,16 +106,13 @@ class Direct:
                 store.update(entries)
         self._in_order = []
 
-    def suspend(self) -> list[Any]:
-        """Take the values out for a while, and return what :meth:`resume` needs."""
-        return self.take_out()
-
-    def resume(self, values: list[Any]) -> None:
-        """Put them back in."""
-        self.put_in(values)
+    def forget(self) -> None:
+        """Keep no tensor alive."""
+        self._taken = []
 
 
-def _delete_absent(stores: Sequence[Store], keys: Sequence[str], values: Sequence[Any]) -> None:
+def delete_absent(stores: Sequence[Store], keys: Sequence[str], values: Sequence[Any]) -> None:
+    """Delete what was written for ``ABSENT`` among ``values``."""
     for store, key, value in zip(stores, keys, values):
         if value is ABSENT and store.get(key, None) is ABSENT:
             del store[key]

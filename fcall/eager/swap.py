@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _thread
+import functools
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from operator import is_not
@@ -40,6 +41,7 @@ class Swap:
         "changed",
         "given",
         "in_force",
+        "is_over",
         "substitution",
         "values",
     )
@@ -56,6 +58,7 @@ class Swap:
         self.at_end: list[Callable[[], None]] = []
         """What is to be done when the context ends, before values are taken out."""
         self.in_force = False
+        self.is_over = False
         # Only this thread can start others.
         others_may_look = is_block or _thread._count() or scoped.count()
         self._place = (Beside if others_may_look else Direct)(substitution)
@@ -70,6 +73,8 @@ class Swap:
 
     def close(self) -> None:
         """End the context, if it has not ended."""
+        if self.is_over:
+            return
         try:
             while self.at_end:
                 self.at_end.pop(0)()
@@ -77,6 +82,10 @@ class Swap:
             after = self.take_out()  # the same again if it is called again
             if any(map(is_not, after, self.given)):
                 self.changed = reassigned(self.substitution, self.values, after)
+            self.is_over = True
+            # A context that was taken along may keep this.
+            self.values, self.given = (), ()
+            self._place.forget()
 
     def values_now(self) -> Sequence[Any]:
         """Return for each place what stands there, ``ABSENT`` for nothing. Not to be mutated."""
@@ -107,10 +116,19 @@ class Swap:
         """Take it out of force for this thread or task, and return how to undo that."""
         before = _active.get()
         _active.set(tuple(swap for swap in before if swap is not self))
-        standing = self._place.suspend()
+        put_back = self._hide()
 
         def resume() -> None:
-            self._place.resume(standing)
+            put_back()
             _active.set(before)
 
         return resume
+
+    def _hide(self) -> Callable[[], Any]:
+        if isinstance(self._place, Beside):
+            return self._place.hide()
+        if self._place.is_anothers:  # which needs it
+            own = Beside(self.substitution)
+            own.put_in(self._place.originals)
+            return own.take_out
+        return functools.partial(self._place.put_in, self._place.take_out())

@@ -10,7 +10,7 @@ import functools
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextvars import copy_context
+from contextvars import Context, copy_context
 from typing import Any
 
 from fcall.eager.swap import active
@@ -27,16 +27,24 @@ def take_context_along() -> None:
     @functools.wraps(start)
     def start_in_context(self: threading.Thread) -> None:
         if active():
-            self.run = functools.partial(copy_context().run, self.run)  # type: ignore[method-assign]
+            context, run = copy_context(), self.run
+
+            def run_in_context() -> None:
+                del self.run  # ends the cycle of references
+                context.run(run)
+
+            self.run = run_in_context  # type: ignore[method-assign]
         start(self)
 
     @functools.wraps(submit)  # type: ignore[arg-type]
     def submit_in_context(
         self: ThreadPoolExecutor, fn: Callable[..., Any], /, *args: Any, **kwargs: Any
     ) -> Future[Any]:
-        if active():
-            fn = functools.partial(copy_context().run, fn)
-        return submit(self, fn, *args, **kwargs)
+        if not active():
+            return submit(self, fn, *args, **kwargs)
+        fn = functools.partial(copy_context().run, fn)
+        # It may start a worker, which is to have nothing of this call but fn.
+        return Context().run(submit, self, fn, *args, **kwargs)
 
     start_in_context.fcall_active = active  # type: ignore[attr-defined]
     threading.Thread.start = start_in_context  # type: ignore[method-assign]
