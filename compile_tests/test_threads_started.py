@@ -316,7 +316,6 @@ def test_a_pool_begun_in_a_call_serves_others() -> None:
     assert seen == 2
 
 
-@pytest.mark.parametrize("others", ["one thread", "two threads"], indirect=True)
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_backward_in_what_forward_starts(reentrant: bool) -> None:
     """It computes another call's forward again; this call's values stay where they are."""
