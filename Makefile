@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 WORKERS ?= 2
 MINUTES ?= 10
+PEERS ?=
 ARGS ?=
 
 # Inductor takes $CXX, or g++ on Linux: where only another compiler is there, name it.
@@ -20,6 +21,10 @@ export PIP_ROOT_USER_ACTION = ignore
 
 BIN = $(VENV)/bin
 PIP_INSTALL = $(BIN)/python -m pip install -qq -c constraints.txt
+# The benchmarks' venv: with PEERS=1 one of their own, which has what fcall is compared with.
+PEERS_VENV = $(VENV)-peers
+PERF_VENV = $(if $(PEERS),$(PEERS_VENV)/.installed,$(VENV)/.installed-perf)
+PERF_PYTHON = $(if $(PEERS),$(PEERS_VENV),$(VENV))/bin/python
 # One OpenMP thread a worker: more only make the workers wait for each other.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 PYTEST_PARALLEL = $(PYTEST) -n $(WORKERS)
@@ -27,7 +32,7 @@ PYTEST_PARALLEL = $(PYTEST) -n $(WORKERS)
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help setup demo perf test test-fast test-all fuzz check format lint types expect clean distclean
+.PHONY: help setup demo perf perf-check test test-fast test-all fuzz check format lint types expect clean distclean
 .PHONY: need-python need-compiler
 
 help: ## list the targets
@@ -38,8 +43,11 @@ setup: $(VENV)/.installed-dev $(VENV)/.installed-test ## make .venv with all tha
 demo: need-compiler $(VENV)/.installed-demo ## see the library at work
 	$(BIN)/python -m demo $(ARGS)
 
-perf: need-compiler $(VENV)/.installed-perf ## the benchmarks: tables, and JSON under perf/results/
-	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m perf $(ARGS)
+perf: need-compiler $(PERF_VENV) ## the benchmarks: tables, JSON, plots; PEERS=1 for others, too
+	OMP_NUM_THREADS=1 $(PERF_PYTHON) -W ignore -m perf $(if $(PEERS),--peers) $(ARGS)
+
+perf-check: need-compiler $(VENV)/.installed-perf ## counts (no times) against perf/expected.json
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m perf.check $(ARGS)
 
 test: need-compiler $(VENV)/.installed-test ## the tests, but for the slow ones
 	$(PYTEST_PARALLEL) -m "not slow and not cuda" $(ARGS)
@@ -53,7 +61,7 @@ test-all: need-compiler $(VENV)/.installed-test ## the slow tests too
 fuzz: $(VENV)/.installed-test ## random calls beside an oracle: make fuzz MINUTES=30
 	OMP_NUM_THREADS=1 $(BIN)/python -m compile_tests.fuzz --minutes $(MINUTES) $(ARGS)
 
-check: lint types test ## lint, types and tests: what CI runs
+check: lint types perf-check test ## lint, types, counts and tests: what CI runs
 
 format: $(VENV)/.installed-dev ## format the code and sort its imports
 	$(BIN)/ruff check --quiet --select I --fix
@@ -74,7 +82,7 @@ clean: ## remove caches and build products
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 distclean: clean ## remove .venv too
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(PEERS_VENV)
 
 # ------------------------------------------------------------------------------------------------
 # What a fresh machine may lack. $(error) says it in one line and ends with a status that is not 0.
@@ -103,7 +111,7 @@ need-compiler: need-python
 # has it now.
 
 EXTRAS_demo = demo
-EXTRAS_test = test,demo
+EXTRAS_test = test,demo,perf
 EXTRAS_perf = perf
 EXTRAS_dev = dev
 
@@ -123,4 +131,14 @@ $(VENV)/.installed-base: pyproject.toml constraints.txt | $(BIN)/python
 $(VENV)/.installed-%: $(VENV)/.installed-base pyproject.toml constraints.txt
 	@echo "fcall: installing fcall for editing, with what '$*' needs"
 	@$(PIP_INSTALL) --no-build-isolation -e '.[$(EXTRAS_$*)]'
+	@touch $@
+
+# From the same pins, but for those of the packages that only the peers need.
+$(PEERS_VENV)/.installed: pyproject.toml constraints.txt perf/peers.txt | $(BIN)/python
+	@echo "fcall: making $(PEERS_VENV), with torch, tensordict and JAX (large: this can take minutes)"
+	@$(PYTHON) -m venv $(PEERS_VENV)
+	@$(PEERS_VENV)/bin/python -m pip install -qq -c constraints.txt --upgrade pip
+	@$(PEERS_VENV)/bin/python -m pip install -qq -c constraints.txt hatchling editables torch
+	@$(PEERS_VENV)/bin/python -m pip install -qq -c constraints.txt -r perf/peers.txt
+	@$(PEERS_VENV)/bin/python -m pip install -qq -c constraints.txt --no-build-isolation -e '.[perf]'
 	@touch $@

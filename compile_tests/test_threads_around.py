@@ -425,3 +425,33 @@ def test_without_a_global_lock() -> None:
     with unchanged(module):
         run_beside([lambda: module(X)], *[calls(seed) for seed in range(8)])
     assert own_dicts(module)
+
+
+# --- threads that never look --------------------------------------------------------------------
+
+
+class TMonitor(threading.Thread):
+    """As tqdm's, which lives on after the first bar."""
+
+    __module__ = "tqdm._monitor"
+
+
+@pytest.mark.parametrize("kind", [TMonitor, threading.Thread])
+def test_a_bystander_does_not_slow_calls_down(kind: type[threading.Thread]) -> None:
+    """Only where others may look do values stand beside the module's own."""
+    stores = []
+
+    class Looks(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            stores.append(type(self._parameters))
+            return super().forward(x)
+
+    module, end = Looks(3, 2), threading.Event()
+    other = kind(target=end.wait)
+    other.start()
+    try:
+        fcall.functional_call(module, {"weight": torch.ones(2, 3)}, torch.ones(1, 3))
+    finally:
+        end.set()
+        other.join()
+    assert (stores == [dict]) == (kind is TMonitor)

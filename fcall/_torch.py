@@ -163,7 +163,8 @@ def _codes_of(things: Iterable[Any]) -> Iterator[CodeType]:
             ]
             yield from _codes_of(own)
         elif isinstance(thing, type):
-            yield from _codes_of(v for v in vars(thing).values() if isinstance(v, FunctionType))
+            own = [v.fget if isinstance(v, property) else v for v in vars(thing).values()]
+            yield from _codes_of(v for v in own if isinstance(v, FunctionType))
 
 
 def parametrization_cache() -> dict[Any, Any] | None:

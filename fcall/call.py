@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fcall import _torch, binding, eager, errors, operator, plan, routes, substitution
+from fcall import _torch, binding, eager, errors, operator, plan, routes, scoped, substitution
 from fcall.binding import TENSORS, check_values
 from fcall.mismatch import explain_mismatched_shapes
 from fcall.plan import plan_for
@@ -271,9 +271,12 @@ def _refuse_meta(module: nn.Module, own: list[str], values: list[str], given: An
 _torch.start_no_graphs_in(
     _torch,
     binding,
+    eager.beside,
+    eager.direct,
     eager.swap,
     plan,
     routes,
+    scoped,
     substitution,
-    *(_call, merge, prepare, refuse_unsupported, write_back),
+    *(_call, _context, _names_on_meta, merge, prepare, refuse_unsupported, write_back),
 )

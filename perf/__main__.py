@@ -1,12 +1,56 @@
-"""Asks every question, and stores the answers under perf/results/."""
+"""Asks every question, each in a process of its own, and draws the answers.
 
-import torch
+A process of its own, since what one question leaves behind would be in the figures of the next:
+threads, caches of the compiler, patched modules.
+"""
 
-from perf import bench, compiled_call, eager_call
+from __future__ import annotations
 
-torch.set_num_threads(1)
-torch.compile(lambda x: x + 1, backend="aot_eager")(torch.ones(1))  # imports the compiler
-for question in (eager_call, compiled_call):
-    name = question.__name__.rpartition(".")[2]
-    print(f"{name}: {question.__doc__.splitlines()[0]}")
-    print(f"-> {bench.store(name, question.main())}")
+import argparse
+import subprocess
+import sys
+import time
+
+QUESTIONS = (
+    "eager_call",
+    "compiled_call",
+    "compile_time",
+    "weight_sets",
+    "ensembles",
+    "per_sample_gradients",
+    "jacobians",
+    "maml",
+    "threads",
+)
+
+
+def main() -> int:
+    """Run what the command line names, and return how many questions failed."""
+    parser = argparse.ArgumentParser(prog="python -m perf", description=__doc__.splitlines()[0])
+    parser.add_argument("questions", nargs="*", metavar="question", help=", ".join(QUESTIONS))
+    parser.add_argument("--quick", action="store_true", help="rough figures, not stored")
+    parser.add_argument("--peers", action="store_true", help="with tensordict and JAX")
+    options = parser.parse_args()
+    asked = options.questions or QUESTIONS
+    if unknown := set(asked) - set(QUESTIONS):
+        parser.error(f"no such question: {', '.join(sorted(unknown))}")
+    flags = ["--quick"] * options.quick + ["--peers"] * options.peers
+    failed = []
+    for number, name in enumerate(asked, 1):
+        print(f"[{number}/{len(asked)}] {name}", flush=True)
+        start = time.perf_counter()
+        command = [sys.executable, "-W", "ignore", "-m", f"perf.{name}", *flags]
+        if subprocess.run(command, check=False).returncode:
+            failed.append(name)
+        print(f"[{number}/{len(asked)}] {name}: {time.perf_counter() - start:.0f} s", flush=True)
+    if not options.quick:
+        from perf import plots
+
+        plots.main()
+    if failed:
+        print(f"perf: FAILED: {', '.join(failed)}", file=sys.stderr)
+    return len(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,47 +1,67 @@
-"""What does an eager functional call cost above the plain call of the module?"""
+"""What does an eager functional call cost above the plain call of the module?
+
+It is asked again while another Python thread is alive, since then fcall keeps the values beside the
+module's own, where the other thread cannot see them.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import threading
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-import fcall
 from perf import bench
+from perf.models import CALLS, linears, nested, random, weights_for, with_weights
 
-LAYERS = (6, 36, 144, 600)
-"""Numbers of linear layers, with two parameters each, small enough that Python is all the cost."""
+COUNTS = (12, 72, 288, 1200, 10_000)
+DEPTHS = (1, 8, 64)
 
 
-def main() -> dict[str, Any]:
+def main(quick: bool = False, peers: bool = False) -> dict[str, Any]:
     """Measure, print a table, return the record."""
-    rows = [_row(layers) for layers in LAYERS]
-    bench.show("eager call: microseconds above module(x)", rows)
-    return {"question": __doc__, "unit": "microseconds a call above module(x)", "rows": rows}
+    rows = []
+    for count in COUNTS[:2] if quick else COUNTS:
+        rows += _rows(linears(count // 2), "one thread", count, quick, peers)
+    for depth in DEPTHS[:2] if quick else DEPTHS:
+        panel = "72 parameters; n: depth"
+        rows += _rows(nested(36, depth), panel, depth, quick, peers)
+    with _another_thread():
+        for count in COUNTS[:2] if quick else COUNTS:
+            rows += _rows(linears(count // 2), "another thread alive", count, quick, peers)
+    return bench.record(__doc__, "parameters", rows)
 
 
-def _row(layers: int) -> dict[str, Any]:
-    module = nn.Sequential(*[nn.Linear(2, 2) for _ in range(layers)])
-    weights = {name: p.detach().clone() for name, p in module.named_parameters()}
-    x = torch.randn(1, 2)
+def _rows(module: nn.Module, panel: str, n: int, quick: bool, peers: bool) -> list[bench.Row]:
+    weights, x = weights_for(module), random(1, 2)
+    contenders = {"module": partial(with_weights(module, weights), x)}
+    contenders |= {name: partial(call, module, weights, (x,)) for name, call in CALLS.items()}
+    if peers:
+        from perf.peers import to_module
+
+        contenders["tensordict"] = to_module(module, weights, x)
     with torch.no_grad():
-        times = bench.interleaved(
-            {
-                "module": lambda: module(x),
-                "torch.func": lambda: torch.func.functional_call(module, weights, (x,)),
-                "fcall": lambda: fcall.functional_call(module, weights, (x,)),
-            }
+        return bench.measure(
+            contenders, panel=panel, n=n, quick=quick, above="module", memory=False
         )
-    above = bench.overheads(times, "module")
-    return {
-        "parameters": len(weights),
-        "module": times["module"].median,
-        "torch.func above": above["torch.func"],
-        "fcall above": above["fcall"],
-        "ratio": above["torch.func"] / above["fcall"],
-    }
+
+
+@contextlib.contextmanager
+def _another_thread() -> Iterator[None]:
+    """Have a thread that waits."""
+    done = threading.Event()
+    thread = threading.Thread(target=done.wait)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 if __name__ == "__main__":
-    print(bench.store("eager_call", main()))
+    bench.run("eager_call", main)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import _thread
 import functools
+import threading
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from operator import is_not
@@ -18,6 +19,25 @@ __all__ = ["Swap", "active"]
 
 
 _active: ContextVar[tuple[Swap, ...]] = ContextVar("fcall_active", default=())
+
+
+BYSTANDERS = {
+    ("tqdm._monitor", "TMonitor"),  # starts with the first bar, as Inductor shows one, and stays
+    ("IPython.core.history", "HistorySavingThread"),
+    ("ipykernel.heartbeat", "Heartbeat"),
+}
+"""Classes of threads that never look at a module."""
+
+
+def others_may_look() -> bool:
+    """Whether a thread lives that could. If none does, only this one can start some."""
+    count = _thread._count()
+    if not count:
+        return False
+    me = threading.current_thread()
+    others = [type(thread) for thread in threading.enumerate() if thread is not me]
+    known = {(kind.__module__, kind.__name__) for kind in others} <= BYSTANDERS
+    return not known or len(others) != count  # the main thread does not count
 
 
 def active() -> list[Swap]:
@@ -59,9 +79,8 @@ class Swap:
         """What is to be done when the context ends, before values are taken out."""
         self.in_force = False
         self.is_over = False
-        # Only this thread can start others.
-        others_may_look = is_block or _thread._count() or scoped.count()
-        self._place = (Beside if others_may_look else Direct)(substitution)
+        beside = is_block or scoped.count() or others_may_look()
+        self._place = (Beside if beside else Direct)(substitution)
 
     def __enter__(self) -> Swap:
         self.given = [*map(self.values.__getitem__, self.substitution.sources)]

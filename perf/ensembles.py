@@ -1,0 +1,81 @@
+"""What do E models cost, called and trained: in a loop, under vmap, as an ``Ensemble``?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fcall
+from perf import bench
+from perf.models import CALLS, backend, mlp, random
+
+MEMBERS = (1, 4, 16, 64, 256)
+
+
+def main(quick: bool = False, peers: bool = False) -> dict[str, Any]:
+    """Measure, print a table, return the record."""
+    rows = []
+    for count in MEMBERS[1:2] if quick else MEMBERS:
+        models = [mlp(16, 32, 32, 4) for _ in range(count)]
+        x = random(32, 16)
+        for panel in ("forward", "training step"):
+            torch.compiler.reset()
+            calls = _calls(models)
+            step = _forward if panel == "forward" else _step
+            contenders = {name: partial(step, *call, x) for name, call in calls.items()}
+            for name in ("torch.func", "fcall", "fcall.Ensemble"):
+                call, params = calls[name]
+                compiled = torch.compile(call, backend=backend(quick), fullgraph=True)
+                contenders[f"{name}, compiled"] = partial(step, compiled, params, x)
+            if peers:
+                from perf import peers as others
+
+                contenders |= others.ensembles(models, x, train=panel != "forward")
+            rows += bench.measure(contenders, panel=panel, n=count, quick=quick)
+    return bench.record(__doc__, "members", rows)
+
+
+Call = Callable[[dict[str, Tensor], Tensor], Tensor]
+
+
+def _calls(models: list[Any]) -> dict[str, tuple[Call, dict[str, Tensor]]]:
+    """Return for each contender a function of parameters and inputs, and the parameters."""
+    stacked = torch.func.stack_module_state(models)[0]
+    base = fcall.meta_copy(models[0])
+    own = {
+        f"{i}.{name}": p for i, model in enumerate(models) for name, p in model.named_parameters()
+    }
+    ensemble = fcall.Ensemble(models)
+
+    def under_vmap(call: Callable[..., Any]) -> Call:
+        one = torch.func.vmap(lambda params, x: call(base, params, (x,)), in_dims=(0, None))
+        return lambda params, x: one(params, x)
+
+    return {
+        "torch.func": (under_vmap(CALLS["torch.func"]), stacked),
+        "fcall": (under_vmap(CALLS["fcall"]), stacked),
+        "fcall.Ensemble": (lambda _, x: ensemble(x), dict(ensemble.named_parameters())),
+        "a loop": (lambda _, x: torch.stack([model(x) for model in models]), own),
+    }
+
+
+def _forward(call: Call, params: dict[str, Tensor], x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return call(params, x)
+
+
+def _step(call: Call, params: dict[str, Tensor], x: Tensor) -> Tensor:
+    """Do a step of gradient descent too small to tell, and return the loss before it."""
+    loss = call(params, x).square().mean((1, 2)).sum()
+    grads = torch.autograd.grad(loss, list(params.values()))
+    with torch.no_grad():
+        torch._foreach_add_(list(params.values()), grads, alpha=-1e-12)
+    return torch.stack([loss, torch.stack([grad.square().sum() for grad in grads]).sum()])
+
+
+if __name__ == "__main__":
+    bench.run("ensembles", main)

@@ -1,0 +1,64 @@
+"""What does a step of MAML cost: the gradient through steps of gradient descent, for many tasks?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from perf import bench
+from perf.models import CALLS, backend, mlp, random, weights_for
+
+INNER_STEPS = (1, 5)
+RATE = 0.1
+
+grad, vmap = torch.func.grad, torch.func.vmap
+
+
+def main(quick: bool = False, peers: bool = False) -> dict[str, Any]:
+    """Measure, print a table, return the record."""
+    rows = []
+    tasks = 2 if quick else 16
+    module = mlp(1, 40, 40, 1)
+    weights = weights_for(module)
+    x, y = random(tasks, 10, 1), random(tasks, 10, 1)
+    for steps in INNER_STEPS[:1] if quick else INNER_STEPS:
+        torch.compiler.reset()
+        contenders: dict[str, Callable[[], Any]] = {}
+        for name, call in CALLS.items():
+
+            def loss(p: Any, x: Tensor, y: Tensor, call: Callable[..., Any] = call) -> Tensor:
+                return (call(module, p, (x,)) - y).square().mean()
+
+            step = outer_gradient(loss, steps)
+            compiled = torch.compile(step, backend=backend(quick), fullgraph=True)
+            contenders[name] = partial(step, weights, x, y)
+            contenders[f"{name}, compiled"] = partial(compiled, weights, x, y)
+        if peers:
+            from perf import peers as others
+
+            contenders |= others.maml(module, weights, x, y, steps)
+        rows += bench.measure(contenders, panel="inner steps", n=steps, quick=quick)
+    return bench.record(__doc__, "inner steps", rows)
+
+
+def outer_gradient(loss: Callable[..., Tensor], steps: int) -> Callable[..., dict[str, Tensor]]:
+    """Return the gradient of the loss after ``steps``, the mean over tasks."""
+
+    def adapted(weights: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        for _ in range(steps):
+            grads = grad(loss)(weights, x, y)
+            weights = {name: w - RATE * grads[name] for name, w in weights.items()}
+        return loss(weights, x, y)
+
+    def mean(weights: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        return vmap(adapted, in_dims=(None, 0, 0))(weights, x, y).mean()
+
+    return grad(mean)
+
+
+if __name__ == "__main__":
+    bench.run("maml", main)
