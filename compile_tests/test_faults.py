@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -21,8 +21,16 @@ from compile_tests.support import faults
 from compile_tests.support.models import MLP, Counter, Recurrent, Shared, Tied, parametrized
 from compile_tests.support.oracle import assert_close, fingerprint, loaded, state_of, unchanged
 from compile_tests.support.random_modules import WIDTH, Plain, Rebuilt
+from fcall import scoped
 
 Case = tuple[nn.Module, dict[str, Tensor], Tensor]
+
+
+@pytest.fixture(autouse=True)
+def _a_lock_that_is_free() -> Iterator[None]:
+    """A tracer may raise between the body of a ``with lock`` and its release; no interrupt can."""
+    yield
+    scoped._forget_lock()
 
 
 def _whole(module: nn.Module, x: Tensor) -> Case:

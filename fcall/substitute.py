@@ -88,3 +88,9 @@ class substitute:
         finally:
             self.swap.close()  # an interrupt may have come in between
             write_back(self.dicts, self.names, self.swap.changed)
+
+    def __del__(self) -> None:
+        # An interrupt may come between the end of the block and __exit__.
+        swap = getattr(self, "swap", None)
+        if swap is not None:
+            swap.close()

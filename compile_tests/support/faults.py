@@ -44,7 +44,7 @@ class Injector:
             sys.settrace(before)
 
     def _enter(self, frame: FrameType, event: str, _: Any) -> Any:
-        if not frame.f_code.co_filename.startswith(LIBRARY):
+        if not frame.f_code.co_filename.startswith(LIBRARY) or _is_finalizing(frame):
             return None
         frame.f_trace_opcodes = self.event == "opcode"
         frame.f_trace_lines = self.event == "line"
@@ -59,6 +59,15 @@ class Injector:
                 raise self.error
             self.left -= 1
         return self._step
+
+
+def _is_finalizing(frame: FrameType | None) -> bool:
+    """Whether this is in a ``__del__``, where Python lets nothing out."""
+    while frame is not None and frame.f_code.co_filename.startswith(LIBRARY):
+        if frame.f_code.co_name == "__del__":
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _name_of(code: CodeType) -> str:

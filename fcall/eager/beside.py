@@ -27,6 +27,7 @@ class Beside:
         self.substitution = substitution
         self._scope: Scope | None = None
         self._taken: list[Any] = []
+        self._written = False
         self._stores: list[Store] = []
         self._exposed: list[tuple[Store, str, Any]] = []
 
@@ -34,6 +35,7 @@ class Beside:
         """Have a value, or ``ABSENT``, stand in each place."""
         to = self.substitution
         self._taken, self._stores, self._exposed = [], [], []
+        self._written = False
         self._scope = scope = Scope()
         layers: dict[tuple[int, str], Store | None] = {}
         for (number, store, key), own in zip(to.places, to.stores):
@@ -48,6 +50,7 @@ class Beside:
             if own is store
         ]
         write(self._stores, to.keys, values)
+        self._written = True
         for rnn in to.rnns:
             names = "_flat_weights", "_flat_weight_refs"
             seen = [list(getattr(rnn, name)) for name in names]
@@ -68,7 +71,8 @@ class Beside:
         """
         if self._scope is None:
             return self._taken
-        self._taken = self._taken or self.values_now()
+        if self._written:
+            self._taken, self._written = self.values_now(), False
         if self._exposed:
             exposed = list(zip(*self._exposed))
             write(*exposed)

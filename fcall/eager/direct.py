@@ -39,6 +39,7 @@ class Direct:
         self.substitution = substitution
         self._originals: list[Any] | None = None
         self._taken: list[Any] = []
+        self._written = False
         self._in_order: list[tuple[dict[str, Any], dict[str, Any]]] = []
         self._thread = get_ident()
 
@@ -55,13 +56,14 @@ class Direct:
     def put_in(self, values: Sequence[Any]) -> None:
         """Write a value, or ``ABSENT``, for each place."""
         to = self.substitution
-        self._taken = []
+        self._taken, self._written = [], False
         self._cache = _torch.parametrization_cache()
         self._lists = rnn_lists(to.rnns)
         self._originals = read(to.stores, to.keys)
         if self._cache is not None:
             _torch.set_parametrization_cache({})
         write(to.stores, to.keys, values)
+        self._written = True
         if any(map(is_, values, repeat(ABSENT))):
             delete_absent(to.stores, to.keys, values)
 
@@ -77,7 +79,8 @@ class Direct:
         to, originals = self.substitution, self._originals
         if originals is None:
             return self._taken
-        self._taken = self._taken or self.values_now()
+        if self._written:
+            self._taken, self._written = self.values_now(), False
         write(to.stores, to.keys, originals)
         if any(map(is_, originals, repeat(ABSENT))):
             delete_absent(to.stores, to.keys, originals)
