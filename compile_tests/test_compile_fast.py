@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import gc
 import types
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import fcall
 from compile_tests.support.compiled import backward, fresh, gradients, recording
 from compile_tests.support.fast import fast_call, readings, route_of
+from compile_tests.support.memory import live_tensors
 from compile_tests.support.models import EXAMPLES, Counter, Recurrent, Tied
 from compile_tests.support.oracle import assert_close, in_float64, loaded, state_of, unchanged
 
@@ -133,8 +133,7 @@ def test_weights_are_not_kept_alive() -> None:
     fn(p, x)
     storages = [value.data_ptr() for value in p.values()]
     del p
-    gc.collect()
-    alive = {t.data_ptr() for t in gc.get_objects() if type(t) is Tensor and not t.is_meta}
+    alive = {t.data_ptr() for t in live_tensors() if not t.is_meta}
     assert not alive & set(storages)
 
 

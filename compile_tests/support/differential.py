@@ -190,9 +190,16 @@ def _leaf(value: Tensor, slot: Slot) -> Tensor:
 
 
 def _key_orders(slots: dict[str, Slot], written: Iterable[str]) -> list[list[str]]:
-    """Return the names in all dicts that a call writes to."""
+    """Return the names of what a call writes to, in the order in which each dict has them.
+
+    What the module itself deletes and registers again is at the end, as after a plain call.
+    """
     registered = [slots[n] for n in written if slots[n].store in ("_parameters", "_buffers")]
-    return [list(getattr(slot.owner, slot.store)) for slot in registered]
+    places = {(id(slot.owner), slot.store, slot.key) for slot in registered}
+    return [
+        [key for key in getattr(s.owner, s.store) if (id(s.owner), s.store, key) in places]
+        for s in registered
+    ]
 
 
 def _mark(slot: Slot, own: set[int]) -> Any:

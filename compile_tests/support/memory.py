@@ -20,10 +20,16 @@ def size_of(tensors: Iterable[Tensor]) -> int:
     return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
 
 
+def live_tensors() -> list[Tensor]:
+    """Return all tensors with a storage that Python can reach."""
+    gc.collect()
+    tensors = [t for t in gc.get_objects() if type(t) in (Tensor, torch.nn.Parameter)]
+    return [t for t in tensors if t.layout is torch.strided and torch._C._has_storage(t)]
+
+
 def live_bytes() -> int:
     """Return the bytes of all tensors that Python can reach."""
-    gc.collect()
-    return size_of([t for t in gc.get_objects() if type(t) in (Tensor, torch.nn.Parameter)])
+    return size_of(live_tensors())
 
 
 class _Peak(TorchDispatchMode):
