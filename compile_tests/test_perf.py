@@ -41,7 +41,8 @@ def test_a_question(name: str, capsys: pytest.CaptureFixture[str]) -> None:
         assert kinds & {"fcall", "fcall.compile"}
     for row in rows:
         assert row.keys() >= COMMON
-        assert 0 < row["low"] <= row["median"] <= row["high"]
+        # A time above the plain module's can come out negative, in a run as short as this.
+        assert row["low"] <= row["median"] <= row["high"]
         if "without a lock" not in row["contender"]:  # which is there since it is wrong
             assert row["off_by"] < 1e-4, row
             assert not row.get("wrong"), row
