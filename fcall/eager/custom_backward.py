@@ -19,7 +19,7 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from fcall import _torch
 from fcall.eager.recompute import State, SubstitutedCheckpoint, only
-from fcall.eager.swap import active
+from fcall.eager.swap import active, is_ours, ours
 
 __all__ = ["follow_custom_functions"]
 
@@ -58,7 +58,7 @@ def follow_custom_functions() -> None:
     """Have custom functions note what is in force. Doing it twice does nothing."""
     node = _torch.BackwardNode
     init = node.__init__
-    if getattr(init, "fcall_active", None) is active:
+    if is_ours(init):
         return
     own = (CheckpointFunction, SubstitutedCheckpoint)
 
@@ -69,8 +69,7 @@ def follow_custom_functions() -> None:
         if swaps and self._forward_cls not in own:
             swaps[-1].at_end.append(functools.partial(_rebind, weakref.ref(self)))
 
-    noting_init.fcall_active = active  # type: ignore[attr-defined]
-    node.__init__ = noting_init  # type: ignore[method-assign]
+    node.__init__ = ours(noting_init)  # type: ignore[method-assign]
 
 
 follow_custom_functions()

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils.checkpoint import CheckpointFunction
 
 from fcall import _torch, errors
-from fcall.eager.swap import Swap, active
+from fcall.eager.swap import Swap, active, is_ours, ours
 from fcall.substitution import Substitution
 
 __all__ = ["State", "SubstitutedCheckpoint", "follow_checkpoints", "only", "state_now"]
@@ -159,7 +159,7 @@ def follow_checkpoints() -> None:
             errors.FcallWarning,
             stacklevel=2,
         )
-    elif not _is_ours(frame.__init__):
+    elif not is_ours(frame.__init__):
         init = frame.__init__
 
         @functools.wraps(init)
@@ -168,8 +168,8 @@ def follow_checkpoints() -> None:
         ) -> None:
             init(self, _Again(recompute_fn, state_now()), *args, **kwargs)
 
-        frame.__init__ = _ours(noting_init)  # type: ignore[method-assign]
-    if not _is_ours(CheckpointFunction.apply):
+        frame.__init__ = ours(noting_init)  # type: ignore[method-assign]
+    if not is_ours(CheckpointFunction.apply):
         apply = CheckpointFunction.apply
 
         @functools.wraps(apply)
@@ -178,17 +178,7 @@ def follow_checkpoints() -> None:
                 return _apply(apply, *args, **kwargs)
             return apply.__func__(cls, *args, **kwargs)  # type: ignore[attr-defined] # a subclass
 
-        CheckpointFunction.apply = classmethod(_ours(noting_apply))  # type: ignore[assignment, method-assign]
-
-
-def _ours(wrapper: Callable[..., Any]) -> Callable[..., Any]:
-    wrapper.fcall_active = active  # type: ignore[attr-defined]
-    return wrapper
-
-
-def _is_ours(function: Callable[..., Any]) -> bool:
-    # By identity, for two copies of fcall in one process each have to note their own.
-    return getattr(function, "fcall_active", None) is active
+        CheckpointFunction.apply = classmethod(ours(noting_apply))  # type: ignore[assignment, method-assign]
 
 
 follow_checkpoints()

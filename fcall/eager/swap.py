@@ -15,7 +15,7 @@ from fcall.eager.beside import Beside
 from fcall.eager.direct import Direct
 from fcall.substitution import Substitution, reassigned
 
-__all__ = ["Swap", "active"]
+__all__ = ["Swap", "active", "is_ours", "ours"]
 
 
 _active: ContextVar[tuple[Swap, ...]] = ContextVar("fcall_active", default=())
@@ -43,6 +43,18 @@ def others_may_look() -> bool:
 def active() -> list[Swap]:
     """Return the swaps in force for this thread or task, outermost first."""
     return [swap for swap in _active.get() if swap.in_force]
+
+
+def ours(wrapper: Callable[..., Any]) -> Callable[..., Any]:
+    """Mark what wraps a function of torch or Python, to look at what is in force."""
+    wrapper.fcall_active = active  # type: ignore[attr-defined]
+    return wrapper
+
+
+def is_ours(function: Callable[..., Any]) -> bool:
+    """Whether ``function`` is marked by :func:`ours`."""
+    # By identity, for two copies of fcall in one process each have to note their own.
+    return getattr(function, "fcall_active", None) is active
 
 
 class Swap:

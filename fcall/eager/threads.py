@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import Context, copy_context
 from typing import Any
 
-from fcall.eager.swap import active
+from fcall.eager.swap import active, is_ours, ours
 
 __all__ = ["take_context_along"]
 
@@ -21,7 +21,7 @@ __all__ = ["take_context_along"]
 def take_context_along() -> None:
     """Have threads and executors take the context of a call along. Doing it twice does nothing."""
     start, submit = threading.Thread.start, ThreadPoolExecutor.submit
-    if getattr(start, "fcall_active", None) is active:
+    if is_ours(start):
         return
 
     @functools.wraps(start)
@@ -46,8 +46,7 @@ def take_context_along() -> None:
         # It may start a worker, which is to have nothing of this call but fn.
         return Context().run(submit, self, fn, *args, **kwargs)
 
-    start_in_context.fcall_active = active  # type: ignore[attr-defined]
-    threading.Thread.start = start_in_context  # type: ignore[method-assign]
+    threading.Thread.start = ours(start_in_context)  # type: ignore[method-assign]
     ThreadPoolExecutor.submit = submit_in_context  # type: ignore[method-assign, assignment]
 
 
