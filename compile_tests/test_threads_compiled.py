@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 
 import fcall
 from compile_tests.support.models import MLP
@@ -19,11 +21,6 @@ pytestmark = pytest.mark.compiled
 
 X = torch.rand(2, 3)
 ROUNDS = 10  # more than the 8 times that Dynamo compiles a function anew
-
-no_graph = pytest.mark.xfail(
-    strict=torch.__version__.startswith("2.13"),  # others can do some of it
-    reason="Dynamo cannot trace what stands in for a module's dicts, or does so each time anew",
-)
 
 
 @pytest.fixture(autouse=True)
@@ -59,20 +56,82 @@ def test_compiled_modules(where: str) -> None:
     assert own_dicts(inner)
 
 
+def _whole(module: nn.Module) -> nn.Module:
+    return torch.compile(module, backend="eager", fullgraph=True)  # type: ignore[return-value]
+
+
+def _in_place(module: nn.Module) -> nn.Module:
+    module.compile(backend="eager", fullgraph=True)
+    return module
+
+
+class CallsAFunction(nn.Module):
+    """Its forward is a compiled function that is no module, and reads one."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+        self.function = torch.compile(lambda x: module(x), backend="eager")
+
+    def forward(self, x: Tensor) -> Any:
+        return self.function(x)
+
+
 @pytest.mark.parametrize("before", [False, True], ids=["cold", "compiled before"])
-@pytest.mark.parametrize("many", [pytest.param(True, marks=no_graph), False], ids=["two", "one"])
-def test_a_compiled_child_is_one_graph(many: bool, before: bool) -> None:
-    """Whether another thread lives or not."""
+@pytest.mark.parametrize("many", [True, False], ids=["two", "one"])
+@pytest.mark.parametrize(
+    ("compiled", "prefix"),
+    [(_whole, "0._orig_mod."), (_in_place, "0."), (CallsAFunction, "0.module.")],
+    ids=["torch.compile", "compile()", "function"],
+)
+def test_a_compiled_child(compiled: Any, prefix: str, many: bool, before: bool) -> None:
+    """Whether another thread lives or not; if so, it runs uncompiled."""
     inner = MLP()
-    module = nn.Sequential(torch.compile(inner, backend="eager", fullgraph=True))
+    reference = copy.deepcopy(inner)
+    module = nn.Sequential(compiled(inner))
     if before:
         module(X)
     with alive() if many else alone():
         for seed in range(ROUNDS):
-            own = state_of(inner, seed=seed)
-            values = {f"0._orig_mod.{name}": value for name, value in own.items()}
+            own = state_of(reference, seed=seed)
+            values = {prefix + name: value for name, value in own.items()}
+            with unchanged(inner):
+                out = fcall.functional_call(module, values, X)
+            assert_close(out, loaded(reference, own)(X.double()), dtype=torch.float32)
+
+
+def test_a_compiled_child_without_values_stays_compiled() -> None:
+    compilations = CompileCounter()
+    first, second = nn.Linear(3, 3), MLP()
+    module = nn.Sequential(first, torch.compile(second, backend=compilations, fullgraph=True))
+    with alive():
+        for seed in range(ROUNDS):
+            own = state_of(first, seed=seed)
+            values = {f"0.{name}": value for name, value in own.items()}
             out = fcall.functional_call(module, values, X)
-            assert_close(out, loaded(inner, own)(X.double()), dtype=torch.float32)
+            expected = copy.deepcopy(second).double()(loaded(first, own)(X.double()))
+            assert_close(out, expected, dtype=torch.float32)
+    assert compilations.frame_count == 1
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["cold", "compiled before"])
+def test_what_is_compiled_during_a_call_is_not_for_those_in_it(known: bool) -> None:
+    """A function that was compiled on what others see of the module, while values stood there."""
+    module = CallsAFunction(MLP())
+    frozen = copy.deepcopy(module.module).requires_grad_(False)
+    values = state_of(frozen, seed=1)  # need no gradients, where the module's own do
+    given = {f"module.{name}": value.detach() for name, value in values.items()}
+    own = module(X) if known else loaded(module.module, {})(X.double())
+    pauses = Pauses(module)
+    inside = {f"child.{name}": value for name, value in given.items()}
+    with paused(pauses, inside, X) as call:
+        for _ in range(3):
+            out = module(X)
+            assert_close(out, own, dtype=torch.float32)
+            assert out.requires_grad
+        out = call.finish()
+    assert_close(out, loaded(frozen, values)(X.double()), dtype=torch.float32)
+    assert not out.requires_grad
 
 
 def _functional(module: nn.Module) -> Callable[..., Tensor]:
@@ -84,7 +143,6 @@ def _ahead(module: nn.Module) -> Callable[..., Tensor]:
     return fcall.compile(module, backend="eager")  # type: ignore[no-any-return]
 
 
-@no_graph
 @pytest.mark.parametrize("before", [False, True], ids=["cold", "compiled before"])
 @pytest.mark.parametrize(
     "compiled", [_functional, _ahead], ids=["functional_call", "fcall.compile"]
@@ -102,7 +160,6 @@ def test_a_compiled_call_during_a_call(names: Any, compiled: Any, before: bool) 
             assert_close(f(given, X), expected, dtype=torch.float32)
 
 
-@no_graph
 @pytest.mark.parametrize("before", [False, True], ids=["cold", "compiled before"])
 def test_a_compiled_module_during_a_call(before: bool) -> None:
     """Called plainly: it has nothing to do with the call."""

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import functools
 import importlib
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
+from torch import nn
 
 # The base of the nodes that custom autograd functions add to the graph, and of their ctx. Not for
 # use outside of torch, says torch; goes when there is a hook around a node's backward that is also
@@ -37,8 +39,10 @@ __all__ = [
     "HigherOrderOperator",
     "ProxyTorchDispatchMode",
     "allow_rnns_in_this_trace",
+    "attributes_when_not_compiled",
     "compiled_calls",
     "dynamo",
+    "dynamo_is_imported",
     "evaluated_while_tracing",
     "functional_calls",
     "give_zero_tangents_storage_in_this_trace",
@@ -47,6 +51,7 @@ __all__ = [
     "in_proxy_mode",
     "in_vmap_or_forward_mode",
     "inductor",
+    "lambda_guard",
     "parametrization_cache",
     "pre_dispatch_proxy_mode",
     "pytree",
@@ -55,6 +60,7 @@ __all__ = [
     "set_parametrization_cache",
     "shown_no_module",
     "start_no_graphs_in",
+    "trace_as_plain_dict",
     "track_tensor_tree",
 ]
 
@@ -167,14 +173,18 @@ def _codes_of(things: Iterable[Any]) -> Iterator[CodeType]:
             yield from _codes_of(v for v in own if isinstance(v, FunctionType))
 
 
-def parametrization_cache() -> dict[Any, Any] | None:
+def parametrization_cache(*, if_unused: bool = False) -> dict[Any, Any] | None:
     """Return what ``parametrize.cached()`` keeps its tensors in, or None if it keeps nothing now.
 
     It knows a tensor by its module and name, whatever the weights. Should torch keep it otherwise
     some day, there is none.
+
+    Args:
+        if_unused: Whether to return it also outside of ``parametrize.cached()``.
     """
     cache: dict[Any, Any] | None = getattr(parametrize, "_cache", None)
-    return cache if cache or getattr(parametrize, "_cache_enabled", False) else None
+    is_used = cache or getattr(parametrize, "_cache_enabled", False)
+    return cache if is_used or if_unused else None
 
 
 def set_parametrization_cache(cache: dict[Any, Any]) -> None:
@@ -316,6 +326,65 @@ def dynamo() -> SimpleNamespace:
         )
     except (ImportError, AttributeError) as error:
         raise DynamoUnavailableError(str(error)) from error
+
+
+def dynamo_is_imported() -> bool:
+    """Whether something was compiled, or is about to be."""
+    return "torch._dynamo.variables.builder" in sys.modules
+
+
+def trace_as_plain_dict(
+    kind: type[dict[Any, Any]], is_plain: Callable[[Any], bool], problem: str
+) -> None:
+    """Have Dynamo trace dicts of the class ``kind`` as the plain dicts in their attribute ``own``.
+
+    Their storage as a dict, which guards look at, has to be the same. A guard sees to it that
+    ``is_plain`` is true of such a dict; where it is not, Dynamo breaks the graph for ``problem``.
+    Goes when Dynamo asks objects of Python classes how they are to be traced.
+
+    Raises:
+        DynamoUnavailableError: a name is gone; the message says which one. Dynamo then traces the
+            methods of ``kind``, and breaks the graph in them.
+    """
+    try:
+        from torch._dynamo.exc import Unsupported
+        from torch._dynamo.variables.builder import VariableBuilder
+
+        guard = lambda_guard(is_plain, problem)
+
+        def build(builder: Any, value: Any) -> Any:
+            if not is_plain(value):
+                raise Unsupported(problem)
+            builder.install_guards(guard)
+            return builder(value.own)
+
+        for traces_numpy in False, True:
+            VariableBuilder._type_dispatch_impl(traces_numpy)[kind] = build
+    except (ImportError, AttributeError) as error:
+        raise DynamoUnavailableError(str(error)) from error
+
+
+def attributes_when_not_compiled(module: nn.Module) -> dict[str, Any]:
+    """Return attributes with which ``module`` does not call what ``torch.compile`` made of it.
+
+    None if nothing was made of it. There is no public way to call it as it was.
+    """
+    own = vars(module)
+    if "dynamo_ctx" in own:  # torch.compile(module)
+        return {"forward": module._orig_mod}
+    if own.get("_compiled_call_impl") is not None:  # module.compile()
+        return {"_compiled_call_impl": None}
+    return {}
+
+
+def lambda_guard(check: Callable[[Any], bool], says: str) -> Callable[[Any, Any], None]:
+    """Return a guard for Dynamo: that ``check`` is true of what it is a guard of."""
+
+    def create(builder: Any, guard: Any) -> None:
+        manager = builder.get_guard_manager(guard)
+        manager.add_lambda_guard(check, [f"fcall: {says}"], guard.user_stack)
+
+    return create
 
 
 @functools.cache

@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["ABSENT", "Scope", "ScopedCache", "ScopedDict", "count", "own_dict"]
+__all__ = ["ABSENT", "Scope", "ScopedCache", "ScopedDict", "count", "own_dict", "shows_own"]
 
 ABSENT: Any = object()
 """In place of the value of an entry that is not there."""
@@ -128,9 +128,12 @@ def _layer(thing: Any, key: str) -> dict[str, Any] | None:
 
 def own_dict(entries: Any) -> Any:
     """Return the dict that ``entries`` is for whoever asks, as plain as possible."""
-    if type(entries) is ScopedDict and not any(id(entries) in s.layers for s in _open.get()):
-        return entries.own
-    return entries
+    return entries.own if type(entries) is ScopedDict and shows_own(entries) else entries
+
+
+def shows_own(entries: Any) -> bool:
+    """Whether no scope of whoever asks has other values in ``entries``, a dict of a module."""
+    return not any(id(entries) in scope.layers for scope in _open.get())
 
 
 class ScopedDict(dict[str, Any]):

@@ -11,9 +11,10 @@ from typing import Any
 
 from torch import nn
 
-from fcall import _torch
+from fcall import _torch, scoped
 from fcall.binding import ATTRIBUTE, BYPASS
 from fcall.eager.direct import delete_absent, read, write
+from fcall.eager.traced import teach_dynamo
 from fcall.scoped import ABSENT, Scope, ScopedCache
 from fcall.substitution import Bypasses, Store, Substitution
 
@@ -37,6 +38,7 @@ class Beside:
         self._taken, self._stores, self._exposed = [], [], []
         self._written = False
         self._scope = scope = Scope()
+        teach_dynamo()
         layers: dict[tuple[int, str], Store | None] = {}
         for (number, store, key), own in zip(to.places, to.stores):
             kind = (number, f"{store}.{key}" if store == ATTRIBUTE else store)
@@ -55,10 +57,24 @@ class Beside:
             names = "_flat_weights", "_flat_weight_refs"
             seen = [list(getattr(rnn, name)) for name in names]
             scope.layer_of_attributes(rnn, nn.RNNBase, *names).update(zip(names, seen))
-        cache = _torch.parametrization_cache()
+        self._leave_compiled_code(scope)
+        cache = _torch.parametrization_cache(if_unused=True)  # or it is used in a block
         if cache is not None and not isinstance(cache, ScopedCache):
             _torch.set_parametrization_cache(ScopedCache(cache))
         scope.open()
+
+    def _leave_compiled_code(self, scope: Scope) -> None:
+        """Have the compiled submodules in which values stand run uncompiled: see ``traced.py``."""
+        to = self.substitution
+        compiled = [(m, _torch.attributes_when_not_compiled(m)) for m in to.owners]
+        compiled = [(module, attributes) for module, attributes in compiled if attributes]
+        if not compiled:
+            return
+        written = {id(to.owners[number]) for number, _, _ in to.places}
+        for module, attributes in compiled:
+            if not written.isdisjoint(map(id, module.modules())):
+                layer = scope.layer_of_attributes(module, type(module), *attributes)
+                layer.update(attributes)
 
     def values_now(self) -> list[Any]:
         """Return for each place what stands there, ``ABSENT`` for nothing."""
@@ -78,6 +94,9 @@ class Beside:
             write(*exposed)
             delete_absent(*exposed)
         self._scope.close()
+        cache = _torch.parametrization_cache(if_unused=True)
+        if isinstance(cache, ScopedCache) and not scoped.count():
+            _torch.set_parametrization_cache(cache.own)
         self._scope = None
         return self._taken
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -13,6 +12,7 @@ from fcall.binding import Binding, kept_on_meta
 from fcall.operator.hop import bind_op, functional_call_op, name_placeholders
 from fcall.plan import binding_for
 from fcall.refused import refused_write
+from fcall.scoped import own_dict
 
 __all__ = ["BindVariable", "FunctionalCallVariable"]
 
@@ -118,7 +118,8 @@ class BindVariable(_Variable):
             except errors.FcallError:
                 return False  # to be traced again, which raises it
 
-        dynamo.install_guard(module.source.make_guard(_lambda_guard(same_binding)))
+        guard = _torch.lambda_guard(same_binding, "names lead to the same slots")
+        dynamo.install_guard(module.source.make_guard(guard))
         result = (binding._replace(kept=[]), kept_on_meta(live, binding))
         return _Variable.build(tx, result)
 
@@ -128,20 +129,13 @@ def _written(tx: Any, module: nn.Module) -> bool:
     effects = tx.output.side_effects
     for owner in module.modules():
         for store in (owner._parameters, owner._buffers, owner._modules):
-            if store in effects:
-                known = effects[store]
+            own = own_dict(store)
+            if own in effects:
+                known = effects[own]
                 ignored = effects.ignore_mutation_on_these_variables
                 if known in ignored or effects.is_modified(known):
                     return True
     return False
-
-
-def _lambda_guard(check: Callable[[Any], bool]) -> Callable[[Any, Any], None]:
-    def create(builder: Any, guard: Any) -> None:
-        manager = builder.get_guard_manager(guard)
-        manager.add_lambda_guard(check, ["fcall: names lead to the same slots"], guard.user_stack)
-
-    return create
 
 
 class _NotCapturableError(Exception):
