@@ -6,7 +6,7 @@ from fcall.call import functional_call
 from fcall.ensemble import Ensemble
 from fcall.meta import meta_copy
 from fcall.patch import patch_torch
-from fcall.program import CompiledCall, compile, export
+from fcall.program import CompiledCall, Program, Signature, compile, export, trace
 from fcall.routes import Route, record_routes
 from fcall.stacking import stack_module_state
 from fcall.substitute import substitute
@@ -14,7 +14,9 @@ from fcall.substitute import substitute
 __all__ = [
     "CompiledCall",
     "Ensemble",
+    "Program",
     "Route",
+    "Signature",
     "compile",
     "errors",
     "export",
@@ -28,5 +30,6 @@ __all__ = [
     "stack_module_state",
     "stateless",
     "substitute",
+    "trace",
 ]
 __version__ = "0.1.0"

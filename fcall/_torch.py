@@ -22,6 +22,7 @@ from torch import nn
 # use outside of torch, says torch; goes when there is a hook around a node's backward that is also
 # called when that raises.
 from torch.autograd.function import BackwardCFunction as BackwardNode
+from torch.export import ExportedProgram
 
 # The base of all batch norms, those that are lazy or synchronised too. No public name.
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
@@ -44,6 +45,7 @@ __all__ = [
     "dynamo",
     "dynamo_is_imported",
     "evaluated_while_tracing",
+    "fake_mode",
     "functional_calls",
     "give_zero_tangents_storage_in_this_trace",
     "has_preserved_node_meta",
@@ -62,6 +64,7 @@ __all__ = [
     "start_no_graphs_in",
     "trace_as_plain_dict",
     "track_tensor_tree",
+    "with_backward",
 ]
 
 try:
@@ -464,6 +467,34 @@ def compiled_calls() -> SimpleNamespace:
         )
     except (ImportError, AttributeError, TypeError) as error:
         raise DynamoUnavailableError(str(error)) from error
+
+
+def fake_mode() -> Any:
+    """Return a mode in which tensors are made that hold no memory, on any device.
+
+    ``torch.export`` takes them as examples. No public name yet.
+    """
+    from torch._subclasses import FakeTensorMode
+
+    return FakeTensorMode()
+
+
+def with_backward(program: ExportedProgram) -> ExportedProgram:
+    """Return ``program``, whose first output is a loss, with the gradients as further outputs.
+
+    They are in the order of the inputs that need gradients. Goes when that has a public name.
+    """
+    from torch.export.experimental import _export_forward_backward
+
+    # It takes all inputs for tensors. Those that are none have no part in the graph.
+    values = [node.meta["val"] for node in program.graph.find_nodes(op="placeholder")]
+    in_place_of_others = next(v for v in values if isinstance(v, torch.Tensor)).new_empty(())
+    for node, value in zip(program.graph.find_nodes(op="placeholder"), values):
+        node.meta["val"] = value if isinstance(value, torch.Tensor) else in_place_of_others
+    program = _export_forward_backward(program)
+    for node, value in zip(program.graph.find_nodes(op="placeholder"), values):
+        node.meta["val"] = node.meta["val"] if isinstance(value, torch.Tensor) else value
+    return program
 
 
 def inductor(

@@ -16,16 +16,20 @@ import torch
 from fcall._torch import evaluated_while_tracing
 
 __all__ = [
+    "BakedStateError",
     "DuplicateNameError",
     "FcallError",
     "FcallWarning",
     "FunctionalizeOptionError",
+    "GraphChangedError",
     "InPlaceUnderTransformError",
     "InvalidDictsError",
     "InvalidNameError",
     "LazyModuleError",
+    "LossError",
     "MetaTensorError",
     "MissingValuesError",
+    "MissingWeightsError",
     "ModelHasBuffersError",
     "NoModelsError",
     "NotAModuleError",
@@ -34,6 +38,8 @@ __all__ = [
     "PackedSequenceError",
     "PatchNotStartedError",
     "PathThroughValueError",
+    "ProgramInputsError",
+    "ProgramStructureError",
     "ReadOnlyAttributeError",
     "ReadOnlyMappingError",
     "SharedSlotError",
@@ -41,6 +47,7 @@ __all__ = [
     "StrictKeysError",
     "TangentsError",
     "TiedValuesError",
+    "UnexpectedWeightsError",
     "UnknownMethodError",
     "UnknownPathError",
     "UnlikeModelsError",
@@ -239,6 +246,69 @@ class StateChangedError(FcallError, RuntimeError):
     template = (
         "the module reassigns {!r}, from {} to {}. An exported graph writes new state into the "
         "tensors it was given, so shape and dtype have to stay the same."
+    )
+
+
+class MissingWeightsError(FcallError, KeyError):
+    """A graph was given no value for some of its weights. Details: what it computes, the names."""
+
+    template = (
+        "the graph of {} takes values for {}, which were not given. Pass them by name, as in "
+        "{{**dict(module.named_parameters()), **dict(module.named_buffers())}}."
+    )
+
+
+class UnexpectedWeightsError(FcallError, KeyError):
+    """A graph was given values for unknown names. Details: what it computes, names, known names."""
+
+    def describe(self, title: str, names: list[str], known: list[str]) -> str:
+        """Return the message."""
+        keys = ", ".join(f"{name!r}{nearest(str(name), known)}" for name in sorted(map(str, names)))
+        return f"the graph of {title} has no inputs named {keys}. It has: {sorted(known)}."
+
+
+class ProgramInputsError(FcallError, ValueError):
+    """A graph was given other tensors than it is for. Details: what it computes, the problems."""
+
+    def describe(self, title: str, problems: list[str]) -> str:
+        """Return the message."""
+        lines = [f"the graph of {title} is for other inputs than it was given:", *problems]
+        return "\n\t".join(lines)
+
+
+class ProgramStructureError(FcallError, ValueError):
+    """A graph was given arguments nested otherwise. Details: what it computes, expected, given."""
+
+    template = (
+        "the graph of {} is called as it was traced: positional arguments by position, keyword "
+        "arguments by name, nested in the same way. Expected (params, {}), given (params, {})."
+    )
+
+
+class BakedStateError(FcallError, RuntimeError):
+    """State that was to be a constant of a graph is changed. Details: module's type, the names."""
+
+    template = (
+        "{} changes {}, which bake_rest=True makes constants of the graph. Give values for these "
+        "names, or leave bake_rest out, so that they are inputs."
+    )
+
+
+class GraphChangedError(FcallError, ValueError):
+    """A graph put into a Program has other inputs or outputs. Details: what differs."""
+
+    template = (
+        "this graph does not fit the Program: {}. A pass may change what is computed, but has to "
+        "leave placeholders and outputs as they are, in their order."
+    )
+
+
+class LossError(FcallError, ValueError):
+    """What is to be differentiated is no real number. Details: what it computes, what was got."""
+
+    template = (
+        "the gradients of {} need a loss that is one real number, but it is {}. Pass "
+        "loss=a function of the output that returns a tensor with one element."
     )
 
 

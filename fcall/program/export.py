@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.export import ExportedProgram
 
 from fcall import errors
-from fcall.call import Weights, call_inlined, merge, refuse_unsupported
+from fcall.call import Weights, merge, refuse_unsupported
 from fcall.plan import binding_for
+from fcall.program.caller import Caller, output_only
 
 __all__ = ["export"]
 
@@ -77,7 +77,7 @@ def export(
     if binding.kept:
         missing = sorted(slot.name for slot in binding.kept)
         errors.fail(errors.MissingValuesError, type(module).__name__, missing)
-    caller = _Caller(module, method, tie_weights, kwargs or {})
+    caller = Caller(module, method, output_only, tie_weights=tie_weights, kwargs_names=kwargs or {})
     if isinstance(dynamic_shapes, Mapping):
         dynamic_shapes = {caller.weights_name: dict.fromkeys(params), **dynamic_shapes}
     elif dynamic_shapes is not None:
@@ -85,45 +85,3 @@ def export(
     return torch.export.export(
         caller, (params, *args), dict(kwargs or {}), dynamic_shapes=dynamic_shapes, strict=False
     )
-
-
-class _Caller(nn.Module):
-    """The module as torch.export is to see it: without state, called with its weights first."""
-
-    def __init__(
-        self, module: nn.Module, method: str | None, tie_weights: bool, kwargs_names: Iterable[str]
-    ) -> None:
-        super().__init__()
-        signature = inspect.signature(getattr(module, method or "forward"))
-        inputs = list(signature.parameters.values())
-        # torch.export names placeholders after the arguments: p["l1.weight"] becomes p_l1_weight.
-        self.weights_name = _unused_name({*signature.parameters, *kwargs_names})
-        weights = inspect.Parameter(self.weights_name, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        if inputs and inputs[0].kind is inspect.Parameter.POSITIONAL_ONLY:
-            weights = weights.replace(kind=inspect.Parameter.POSITIONAL_ONLY)
-
-        def forward(weights: dict[str, Tensor], /, *args: Any, **kwargs: Any) -> Any:
-            state = dict(weights)
-            out = call_inlined(module, state, args, kwargs, tie_weights=tie_weights, method=method)
-            for name, value in weights.items():
-                if state[name] is not value:
-                    _write_into(name, value, state[name])
-            return out
-
-        forward.__signature__ = inspect.Signature([weights, *inputs])  # type: ignore[attr-defined]
-        self.forward = forward
-
-
-def _unused_name(used: Collection[str]) -> str:
-    name = "p"
-    while name in used:
-        name = "weights" if name == "p" else name + "_"
-    return name
-
-
-def _write_into(name: str, given: Tensor, new: Tensor) -> None:
-    """Write reassigned state into the given tensor: a graph has no dict to put it in."""
-    if (given.shape, given.dtype, given.device) != (new.shape, new.dtype, new.device):
-        before, after = (f"{tuple(t.shape)} {t.dtype} on {t.device}" for t in (given, new))
-        errors.fail(errors.StateChangedError, name, before, after)
-    given.copy_(new)

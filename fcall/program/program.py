@@ -1,0 +1,171 @@
+"""``Program``: a pure graph of a module's call, with the weights and the inputs as placeholders.
+
+Flat inputs are in the order of :attr:`Signature.inputs`. Flat outputs are the leaves of
+``(output, state)``, where ``state`` holds by name what the module reassigned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.fx import GraphModule
+
+from fcall import _torch, errors
+from fcall.call import Weights, merge, write_back
+from fcall.program.derived import decomposed, joint, moved
+from fcall.program.exported import Traced, export_traced
+from fcall.program.signature import Signature
+
+__all__ = ["Program"]
+
+
+class Program:
+    """A call of a module as a graph that takes its weights; made by :func:`fcall.trace`.
+
+    It holds no state: a call depends on what it is given alone, and may run in many threads at
+    once. It works under the transforms of :mod:`fcall.func` and under ``torch.compile``.
+
+    Example::
+
+        >>> import fcall, torch
+        >>> model = torch.nn.Linear(3, 2)
+        >>> program = fcall.trace(model, dict(model.named_parameters()), torch.ones(1, 3))
+        >>> program({"weight": torch.ones(2, 3), "bias": torch.zeros(2)}, torch.ones(1, 3))
+        tensor([[3., 3.]])
+    """
+
+    def __init__(self, traced: Traced, defaults: Mapping[str, Tensor]) -> None:
+        self._traced = traced
+        self.defaults = dict(defaults)
+        """Values for the names that may be left out. Never written to."""
+        self.__name__ = f"program_of_{traced.signature.title}"  # for messages of transforms
+
+    @property
+    def graph_module(self) -> GraphModule:
+        """The graph. To change it, make a copy and pass that to :meth:`with_graph`."""
+        return self._traced.graph_module
+
+    @property
+    def signature(self) -> Signature:
+        """What the graph takes."""
+        return self._traced.signature
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the weights, in the order of their placeholders."""
+        return self.signature.names
+
+    def __call__(self, parameter_and_buffer_dicts: Weights, /, *args: Any, **kwargs: Any) -> Any:
+        """Run the graph.
+
+        Args:
+            parameter_and_buffer_dicts: Values by name, in one mapping or several, in any order.
+                Names with a default may be left out; of tied names one is enough. Mutated as by
+                :func:`fcall.functional_call`: tensors that the module changes in place, and entries
+                that it reassigns.
+            args: The positional arguments, nested as they were traced.
+            kwargs: The keyword arguments.
+
+        Returns:
+            What the module returns.
+
+        Raises:
+            FcallError: what is given does not fit :attr:`signature`, which
+                :meth:`Signature.flatten` has the classes for.
+        """
+        given = merge(parameter_and_buffer_dicts)
+        flat = self.signature.flatten(given, args, kwargs, self._fresh_defaults())
+        outputs = self.graph_module(*flat)
+        out, state = _torch.pytree.tree_unflatten(outputs, self._traced.out_spec)
+        if state:
+            names = self.signature.given_names(given)
+            pairs = [(name, value) for key, value in state.items() for name in names[key]]
+            changed = dict(enumerate([value for _, value in pairs]))
+            write_back(parameter_and_buffer_dicts, [name for name, _ in pairs], changed)
+        return out
+
+    def __repr__(self) -> str:
+        inputs = [f"  {spec.placeholder}: {spec}" for spec in self.signature.inputs]
+        return "\n".join([f"Program of {self.signature.title}(", *inputs, ")"])
+
+    def print_readable(self) -> str:
+        """Print the graph as Python code, and return it."""
+        return self.graph_module.print_readable()
+
+    def with_graph(self, graph_module: GraphModule) -> Program:
+        """Return a program with another graph, for instance after a pass over a copy of this one.
+
+        Raises:
+            GraphChangedError: its placeholders or the number of its outputs are others.
+        """
+        graph_module.graph.lint()
+        graph_module.recompile()
+        expected = self.signature.placeholders
+        found = [node.name for node in graph_module.graph.find_nodes(op="placeholder")]
+        if found != expected:
+            errors.fail(
+                errors.GraphChangedError, f"its placeholders are {found}, expected {expected}"
+            )
+        [output] = graph_module.graph.find_nodes(op="output")
+        count, needed = len(output.args[0]), self._traced.out_spec.num_leaves
+        if count != needed:
+            errors.fail(errors.GraphChangedError, f"it has {count} outputs, expected {needed}")
+        return Program(self._traced._replace(graph_module=graph_module), self.defaults)
+
+    def exported(self) -> ExportedProgram:
+        """Return the graph as a ``torch.export.ExportedProgram``, for what takes one.
+
+        It is called as ``exported.module()(weights, *args, **kwargs)`` with one dict of all
+        :attr:`names` in their order, and returns the output, and a dict of what was reassigned. It
+        has no example inputs; all inputs are user inputs.
+        """
+        return export_traced(self._traced)
+
+    def decompose(self, table: Mapping[Any, Callable[..., Any]] | None = None) -> Program:
+        """Return the same in ATen core operators.
+
+        Args:
+            table: What to decompose, as for ``ExportedProgram.run_decompositions``; by default all
+                that is not a core operator.
+        """
+        return Program(decomposed(self._traced, table), self.defaults)
+
+    def to(self, device: torch.device | str) -> Program:
+        """Return the same for tensors on another device, for instance after a trace on meta."""
+        defaults = {name: value.to(device) for name, value in self.defaults.items()}
+        return Program(moved(self._traced, torch.device(device)), defaults)
+
+    def joint(
+        self,
+        loss: Callable[..., Any] | None = None,
+        *,
+        targets: tuple[Any, ...] = (),
+        names: Collection[str] | None = None,
+    ) -> Program:
+        """Return forward and backward in one graph, in ATen core operators.
+
+        It is called as this program, with targets after the positional arguments, and returns the
+        loss and a dict of gradients. The nodes of these bear the names of the placeholders, after
+        ``grad_``.
+
+        Args:
+            loss: A function of what the module returns, and of the targets, that returns a tensor
+                with one element. ``None`` if the module returns that itself.
+            targets: Example tensors; their sizes vary where they are those of varying inputs.
+            names: The weights to differentiate by; by default all parameters that are real.
+
+        Raises:
+            LossError: the loss is not a real number.
+            UnexpectedWeightsError: one of ``names`` is not known.
+        """
+        return Program(joint(self._traced, loss, targets, names), self.defaults)
+
+    def _fresh_defaults(self) -> Mapping[str, Tensor]:
+        """Return the defaults, copied where the graph would write into them."""
+        written = [spec.name for spec in self.signature.inputs if spec.changed == "in place"]
+        copies = {name: self.defaults[name].clone() for name in written if name in self.defaults}
+        return {**self.defaults, **copies} if copies else self.defaults
