@@ -196,7 +196,7 @@ def test_the_face_holds_imports_and_names_alone() -> None:
         for target in node.targets
         if isinstance(target, ast.Name)
     ]
-    assert targets == ["__all__", "__version__"]
+    assert targets == ["__all__"]
     assert all(isinstance(node, (ast.ImportFrom, ast.Assign)) for node in body)
 
 

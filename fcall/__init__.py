@@ -6,24 +6,39 @@ from fcall.call import functional_call
 from fcall.ensemble import Ensemble
 from fcall.meta import meta_copy
 from fcall.patch import patch_torch
-from fcall.program import CompiledCall, Program, Signature, compile, export, trace
+from fcall.program import (
+    CompiledCall,
+    Program,
+    Runner,
+    Signature,
+    compile,
+    export,
+    load,
+    package,
+    trace,
+)
 from fcall.routes import Route, record_routes
 from fcall.stacking import stack_module_state
 from fcall.substitute import substitute
+from fcall.version import __version__
 
 __all__ = [
     "CompiledCall",
     "Ensemble",
     "Program",
     "Route",
+    "Runner",
     "Signature",
+    "__version__",
     "compile",
     "errors",
     "export",
     "func",
     "functional_call",
     "functorch",
+    "load",
     "meta_copy",
+    "package",
     "patch_torch",
     "record_routes",
     "replace_all_batch_norm_modules_",
@@ -32,4 +47,3 @@ __all__ = [
     "substitute",
     "trace",
 ]
-__version__ = "0.1.0"

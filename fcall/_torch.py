@@ -54,6 +54,8 @@ __all__ = [
     "in_vmap_or_forward_mode",
     "inductor",
     "lambda_guard",
+    "load_aoti",
+    "package_aoti",
     "parametrization_cache",
     "pre_dispatch_proxy_mode",
     "pytree",
@@ -495,6 +497,24 @@ def with_backward(program: ExportedProgram) -> ExportedProgram:
     for node, value in zip(program.graph.find_nodes(op="placeholder"), values):
         node.meta["val"] = node.meta["val"] if isinstance(value, torch.Tensor) else value
     return program
+
+
+def package_aoti(program: ExportedProgram, path: str, options: dict[str, Any]) -> None:
+    """Compile ``program`` to a package. torch documents it under this name, which is private."""
+    import torch._inductor
+
+    torch._inductor.aoti_compile_and_package(program, package_path=path, inductor_configs=options)
+
+
+def load_aoti(
+    path: str, num_runners: int, device_index: int
+) -> Callable[[list[torch.Tensor]], list[torch.Tensor]]:
+    """Return a function that runs the package at ``path`` on its tensors, in their order."""
+    # torch documents torch._inductor.aoti_load_package, which calls this with one runner.
+    from torch._inductor.package import load_package
+
+    loaded = load_package(path, num_runners=num_runners, device_index=device_index)
+    return loaded.loader.run  # type: ignore[no-any-return]
 
 
 def inductor(

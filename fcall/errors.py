@@ -33,8 +33,13 @@ __all__ = [
     "ModelHasBuffersError",
     "NoModelsError",
     "NotAModuleError",
+    "NotAPackageError",
     "NotATensorError",
     "NotATensorSlotError",
+    "NotPackagedError",
+    "PackageDamagedError",
+    "PackageMismatchError",
+    "PackageNameError",
     "PackedSequenceError",
     "PatchNotStartedError",
     "PathThroughValueError",
@@ -309,6 +314,45 @@ class LossError(FcallError, ValueError):
     template = (
         "the gradients of {} need a loss that is one real number, but it is {}. Pass "
         "loss=a function of the output that returns a tensor with one element."
+    )
+
+
+class PackageNameError(FcallError, ValueError):
+    """A package was to be written under another name. Details: the path."""
+
+    template = "a package is a file whose name ends in .pt2, but got {!r}."
+
+
+class NotAPackageError(FcallError, ValueError):
+    """A file is no package of fcall's. Details: the path, what was found."""
+
+    template = (
+        "{} is not a package that fcall.package wrote: {}. Other packages of AOTInductor are "
+        "loaded by torch._inductor.aoti_load_package."
+    )
+
+
+class PackageDamagedError(FcallError, ValueError):
+    """A package is not as it was written. Details: the path, what was found."""
+
+    template = "{} is damaged: {}. Copy it again, or make it anew with fcall.package."
+
+
+class PackageMismatchError(FcallError, RuntimeError):
+    """A package is for something else. Details: the path, the differences."""
+
+    def describe(self, path: str, differences: list[str]) -> str:
+        """Return the message."""
+        lines = [f"{path} cannot run here. Make it anew with fcall.package.", *differences]
+        return "\n\t".join(lines)
+
+
+class NotPackagedError(FcallError, RuntimeError):
+    """A package was asked for what it cannot do. Details: what."""
+
+    template = (
+        "a package is compiled code, with no rules for {}. Call the Program it was made of, or, "
+        "where only the values matter, pass plain tensors, under torch.no_grad()."
     )
 
 

@@ -125,6 +125,8 @@ def export_traced(
 ) -> ExportedProgram:
     """Return an exported program of a graph, with nothing but user inputs.
 
+    Its example inputs hold no memory.
+
     Args:
         traced: The graph.
         finish: What makes the result of ``(out, state, weights, args)``.
@@ -159,7 +161,6 @@ def export_traced(
     exported = torch.export.export(
         caller, (weights, *args), kwargs, dynamic_shapes=dynamic_shapes, strict=False
     )
-    exported.example_inputs = None
     return exported
 
 

@@ -15,15 +15,15 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
 from fcall import _torch, errors
-from fcall.call import Weights, merge, write_back
+from fcall.call import Weights
 from fcall.program.derived import decomposed, joint, moved
 from fcall.program.exported import Traced, export_traced
-from fcall.program.signature import Signature
+from fcall.program.graph_call import GraphCall
 
 __all__ = ["Program"]
 
 
-class Program:
+class Program(GraphCall):
     """A call of a module as a graph that takes its weights; made by :func:`fcall.trace`.
 
     It holds no state: a call depends on what it is given alone, and may run in many threads at
@@ -39,25 +39,14 @@ class Program:
     """
 
     def __init__(self, traced: Traced, defaults: Mapping[str, Tensor]) -> None:
+        super().__init__(traced.signature, defaults)
         self._traced = traced
-        self.defaults = dict(defaults)
-        """Values for the names that may be left out. Never written to."""
         self.__name__ = f"program_of_{traced.signature.title}"  # for messages of transforms
 
     @property
     def graph_module(self) -> GraphModule:
         """The graph. To change it, make a copy and pass that to :meth:`with_graph`."""
         return self._traced.graph_module
-
-    @property
-    def signature(self) -> Signature:
-        """What the graph takes."""
-        return self._traced.signature
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The names of the weights, in the order of their placeholders."""
-        return self.signature.names
 
     def __call__(self, parameter_and_buffer_dicts: Weights, /, *args: Any, **kwargs: Any) -> Any:
         """Run the graph.
@@ -77,20 +66,11 @@ class Program:
             FcallError: what is given does not fit :attr:`signature`, which
                 :meth:`Signature.flatten` has the classes for.
         """
-        given = merge(parameter_and_buffer_dicts)
-        flat = self.signature.flatten(given, args, kwargs, self._fresh_defaults())
+        flat = self._flatten(parameter_and_buffer_dicts, args, kwargs)
         outputs = self.graph_module(*flat)
         out, state = _torch.pytree.tree_unflatten(outputs, self._traced.out_spec)
-        if state:
-            names = self.signature.given_names(given)
-            pairs = [(name, value) for key, value in state.items() for name in names[key]]
-            changed = dict(enumerate([value for _, value in pairs]))
-            write_back(parameter_and_buffer_dicts, [name for name, _ in pairs], changed)
+        self._write_back(parameter_and_buffer_dicts, state)
         return out
-
-    def __repr__(self) -> str:
-        inputs = [f"  {spec.placeholder}: {spec}" for spec in self.signature.inputs]
-        return "\n".join([f"Program of {self.signature.title}(", *inputs, ")"])
 
     def print_readable(self) -> str:
         """Print the graph as Python code, and return it."""
@@ -123,7 +103,9 @@ class Program:
         :attr:`names` in their order, and returns the output, and a dict of what was reassigned. It
         has no example inputs; all inputs are user inputs.
         """
-        return export_traced(self._traced)
+        exported = export_traced(self._traced)
+        exported.example_inputs = None
+        return exported
 
     def decompose(self, table: Mapping[Any, Callable[..., Any]] | None = None) -> Program:
         """Return the same in ATen core operators.
@@ -163,9 +145,3 @@ class Program:
             UnexpectedWeightsError: one of ``names`` is not known.
         """
         return Program(joint(self._traced, loss, targets, names), self.defaults)
-
-    def _fresh_defaults(self) -> Mapping[str, Tensor]:
-        """Return the defaults, copied where the graph would write into them."""
-        written = [spec.name for spec in self.signature.inputs if spec.changed == "in place"]
-        copies = {name: self.defaults[name].clone() for name in written if name in self.defaults}
-        return {**self.defaults, **copies} if copies else self.defaults

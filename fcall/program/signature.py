@@ -131,6 +131,15 @@ class Signature:
         self._check(flat)
         return flat
 
+    def sizes(self, flat: Sequence[Any]) -> dict[str, int]:
+        """Return the number for each dynamic size that is no expression."""
+        return {
+            size: number
+            for spec, value in zip(self.inputs, flat)
+            for size, number in zip(spec.shape, getattr(value, "shape", ()))
+            if isinstance(size, str) and size.isidentifier()
+        }
+
     def given_names(self, given: Mapping[str, Any]) -> dict[str, list[str]]:
         """Return for each of :attr:`names` those under which it is given."""
         return {

@@ -98,7 +98,6 @@ def trace(
     graph_module = graph_of(exported)
     inputs = inputs_of(graph_module)
     leaves, spec = _torch.pytree.tree_flatten((args, kwargs))
-    hints = _hints(inputs, [*weights.values(), *leaves])
     tied = _tied_names(module, binding.same, tie_weights=tie_weights)
     buffers = {name for name, _ in module.named_buffers(remove_duplicate=False)}
     for i, name in enumerate(weights):
@@ -115,25 +114,17 @@ def trace(
     title = type(module).__name__
     if bake_rest:
         inputs, rest = _bake(graph_module, inputs, rest, title), {}
+    examples = [*[weights[spec.name] for spec in inputs if spec.is_weight], *leaves]
     signature = Signature(
         title=title,
         inputs=tuple(inputs),
         ranges=ranges_of(exported),
-        hints=hints,
+        hints={},
         spec=spec,
         arg_names=caller.arg_names(len(args)),
     )
+    signature = dataclasses.replace(signature, hints=signature.sizes(examples))
     return Program(Traced(graph_module, signature, out_spec), rest)
-
-
-def _hints(inputs: Sequence[Input], examples: Sequence[Any]) -> dict[str, int]:
-    """Return the sizes, in the examples, of what is dynamic."""
-    return {
-        size: int(number)
-        for spec, example in zip(inputs, examples)
-        for size, number in zip(spec.shape, getattr(example, "shape", ()))
-        if isinstance(size, str) and size.isidentifier()
-    }
 
 
 def _copies(module: nn.Module, names: Iterable[str], *, tie_weights: bool) -> dict[str, Tensor]:
