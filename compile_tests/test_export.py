@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import fcall
 from compile_tests.support.models import (
@@ -205,6 +206,15 @@ def test_tied_weights_are_given_once(name: str) -> None:
     assert_close(program.module()(p, tokens), fcall.functional_call(module, p, tokens))
 
 
+def test_tied_weights_given_twice_are_one_input() -> None:
+    module, tokens = EXAMPLES["Tied"]()
+    p = dict(module.named_parameters(remove_duplicate=False))
+    program = fcall.export(module, p, tokens)
+    assert inputs_of(program) == ["p_embed_weight", "p_mix_weight", "p_mix_bias", "tokens"]
+    values = state_of(module, seed=1)
+    assert_close(program.module()(values, tokens), fcall.functional_call(module, values, tokens))
+
+
 def test_untied() -> None:
     module, tokens = EXAMPLES["Tied"]()
     p = {**state_of(module), "out.weight": torch.rand(7, 4)}
@@ -347,3 +357,138 @@ def test_the_module_is_not_needed_afterwards() -> None:
     assert alive() is None
     assert weight() is None
     assert_close(program.module()(p, x), expected)
+
+
+def test_nested_arguments_and_two_dynamic_sizes() -> None:
+    class Nested(nn.Linear):
+        def forward(
+            self, x: Tensor, more: dict[str, Any], *, masks: list[Tensor]
+        ) -> dict[str, Any]:
+            out = super().forward(x) * more["scale"]["by"] * masks[0][..., None]
+            return {"out": [out, {"sum": out.sum(1)}], "masks": masks[1]}
+
+    module = Nested(3, 3)
+    batch, length = Dim("batch"), Dim("length")
+
+    def inputs(b: int, n: int) -> tuple[Any, Any]:
+        masks = [torch.rand(b, n), torch.rand(b)]
+        return (torch.rand(b, n, 3), {"scale": {"by": torch.rand(3)}}), {"masks": masks}
+
+    sizes = {
+        "x": {0: batch, 1: length},
+        "more": {"scale": {"by": None}},
+        "masks": [{0: batch, 1: length}, {0: batch}],
+    }
+    p = state_of(module)
+    program = fcall.export(module, p, *inputs(4, 5), dynamic_shapes=sizes)
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer)
+    buffer.seek(0)
+    for run in (program.module(), torch.export.load(buffer).module()):
+        values, (args, kwargs) = state_of(module, seed=1), inputs(7, 2)
+        expected = fcall.functional_call(module, values, args, kwargs)
+        assert_close(run(values, *args, **kwargs), expected)
+
+
+# --- transforms inside of an exported function --------------------------------------------------
+
+
+class _Calls(nn.Module):
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *args: Any) -> Any:
+        return self.function(*args)
+
+
+MODULE = MLP()
+
+
+def _call(p: Any, x: Tensor) -> Tensor:
+    return fcall.functional_call(MODULE, p, x)  # type: ignore[no-any-return]
+
+
+def _loss(p: Any, x: Tensor) -> Tensor:
+    return _call(p, x).square().sum()
+
+
+TRANSFORMED = {
+    "vmap": lambda p, x: fcall.func.vmap(_call, in_dims=(None, 0))(p, x),
+    "jvp": lambda p, x: fcall.func.jvp(lambda p: _call(p, x), (p,), (p,)),
+    "linearize": lambda p, x: fcall.func.linearize(lambda x: _call(p, x), x)[1](x),
+}
+
+WITH_GRADIENTS = {
+    "grad": fcall.func.grad(_loss),
+    "grad_and_value": fcall.func.grad_and_value(_loss),
+    "per sample": fcall.func.vmap(fcall.func.grad(_loss), in_dims=(None, 0)),
+    "jacrev": fcall.func.jacrev(_call),
+    "hessian": fcall.func.hessian(_loss),
+}
+
+
+def _other_inputs() -> tuple[dict[str, Tensor], Tensor]:
+    return state_of(MODULE, seed=5), torch.rand(4, 3)
+
+
+@pytest.mark.parametrize("name", TRANSFORMED)
+def test_transforms_inside(name: str) -> None:
+    function = TRANSFORMED[name]
+    run = torch.export.export(_Calls(function), (state_of(MODULE), torch.rand(4, 3))).module()
+    given = _other_inputs()
+    assert_close(run(*given), function(*given))
+
+
+@pytest.mark.parametrize(
+    ("name", "strict"),
+    [
+        *[(name, False) for name in WITH_GRADIENTS],
+        *[(n, True) for n in TRANSFORMED | WITH_GRADIENTS],
+    ],
+)
+def test_transforms_inside_that_are_refused(name: str, strict: bool) -> None:
+    """torch.export would take values of the examples for constants, or fail."""
+    function = (TRANSFORMED | WITH_GRADIENTS)[name]
+    example = state_of(MODULE), torch.rand(4, 3)
+    with pytest.raises(fcall.errors.ExportedTransformError, match=r"MLP .*\.joint\(loss\)"):
+        torch.export.export(_Calls(function), example, strict=strict)
+    assert torch._C._functorch.peek_interpreter_stack() is None
+
+
+@pytest.mark.filterwarnings("ignore:A model attribute:UserWarning")
+def test_torch_exports_gradients_wrongly() -> None:
+    """Its graph has no use for the input. Should this fail, torch has caught up."""
+    function = torch.func.grad(lambda x: (x @ x.t()).tanh().sum())
+    program = torch.export.export(_Calls(function), (torch.rand(4, 3),))
+    *_, x = program.graph.find_nodes(op="placeholder")
+    assert not x.users
+
+
+@pytest.mark.parametrize("name", WITH_GRADIENTS)
+def test_gradients_are_traced_first(name: str) -> None:
+    example = state_of(MODULE), torch.rand(4, 3)
+    traced = make_fx(WITH_GRADIENTS[name])(*example)
+    run = torch.export.export(traced, example).module()
+    given = _other_inputs()
+    assert_close(run(*given), WITH_GRADIENTS[name](*given))
+
+
+def test_a_program_in_an_exported_gradient_is_refused() -> None:
+    example = state_of(MODULE), torch.rand(4, 3)
+    program = fcall.trace(MODULE, *example)
+    function = fcall.func.grad(lambda p, x: program(p, x).sum())
+    with pytest.raises(fcall.errors.ExportedTransformError):
+        torch.export.export(_Calls(function), example)
+
+
+def test_gradients_of_a_program_are_exported_as_a_graph() -> None:
+    example = state_of(MODULE), torch.rand(4, 3)
+    joint = fcall.trace(MODULE, *example).joint(lambda out: out.square().sum())
+    buffer = io.BytesIO()
+    torch.export.save(joint.exported(), buffer)
+    buffer.seek(0)
+    given = _other_inputs()
+    (loss, gradients), _ = torch.export.load(buffer).module()(*given)
+    expected = fcall.func.grad_and_value(_loss)(*given)
+    assert_close((gradients, loss), expected)

@@ -50,6 +50,7 @@ __all__ = [
     "give_zero_tangents_storage_in_this_trace",
     "has_preserved_node_meta",
     "in_functorch_transform",
+    "in_gradient_transform",
     "in_proxy_mode",
     "in_vmap_or_forward_mode",
     "inductor",
@@ -98,6 +99,7 @@ try:
     _peek_interpreter_stack = torch._C._functorch.peek_interpreter_stack
     _interpreter_stack = torch._C._functorch.get_interpreter_stack
     _vmap_and_jvp = {torch._C._functorch.TransformType.Vmap, torch._C._functorch.TransformType.Jvp}
+    _grad = torch._C._functorch.TransformType.Grad
     _pre_dispatch = torch._C.DispatchKey.PreDispatch
     _proxy = torch._C._TorchDispatchModeKey.PROXY
     _get_dispatch_mode = torch._C._get_dispatch_mode
@@ -126,6 +128,14 @@ def in_vmap_or_forward_mode() -> bool:
     if OPERATOR_PROBLEM:
         return False
     return any(level.key() in _vmap_and_jvp for level in _interpreter_stack() or ())
+
+
+@evaluated_while_tracing
+def in_gradient_transform() -> bool:
+    """Whether grad, vjp or what is made of them is running around the caller."""
+    if OPERATOR_PROBLEM:
+        return False
+    return any(level.key() == _grad for level in _interpreter_stack() or ())
 
 
 def runs_pre_dispatch(operator: HigherOrderOperator, operands: tuple[Any, ...]) -> bool:

@@ -27,6 +27,7 @@ __all__ = [
     "bind",
     "bind_for_graph",
     "check_values",
+    "first_of_ties",
     "has_own_names",
     "is_tensor_like",
     "kept_on_meta",
@@ -292,6 +293,12 @@ def check_values(
         if any(given[name] is not first for name in group):
             error = errors.TiedValuesError if tie_weights else errors.SharedSlotError
             errors.fail(error, sorted(group), type(module).__name__)
+
+
+def first_of_ties(given: Mapping[str, Any], binding: Binding) -> dict[str, Any]:
+    """Return ``given`` without the names that need the value of an earlier one."""
+    repeated = {name for group in binding.same for name in group[1:]}
+    return {name: value for name, value in given.items() if name not in repeated}
 
 
 def _join(path: str, key: str) -> str:

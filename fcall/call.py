@@ -173,6 +173,7 @@ def prepare(
         _torch.allow_rnns_in_this_trace()
         _torch.give_zero_tangents_storage_in_this_trace()
     refuse_unsupported(module, method)
+    refuse_transforms_in_export(type(module).__name__)
     given = merge(dicts)
     names, values = tuple(given), tuple(given.values())
     if tracing:
@@ -246,6 +247,14 @@ def refuse_unsupported(module: nn.Module, method: str | None) -> None:
         errors.fail(errors.UnknownMethodError, name, method, dir(type(module)))
 
 
+def refuse_transforms_in_export(title: str) -> None:
+    """Refuse what torch.export records wrongly without a word, or not at all."""
+    if torch.compiler.is_exporting():
+        strict = torch.compiler.is_dynamo_compiling()
+        if _torch.in_functorch_transform() if strict else _torch.in_gradient_transform():
+            errors.fail(errors.ExportedTransformError, title)
+
+
 def _names_on_meta(given: Mapping[str, Any]) -> list[str]:
     values = given.values()
     if (
@@ -278,5 +287,14 @@ _torch.start_no_graphs_in(
     routes,
     scoped,
     substitution,
-    *(_call, _context, _names_on_meta, merge, prepare, refuse_unsupported, write_back),
+    *(
+        _call,
+        _context,
+        _names_on_meta,
+        merge,
+        prepare,
+        refuse_transforms_in_export,
+        refuse_unsupported,
+        write_back,
+    ),
 )

@@ -18,6 +18,7 @@ from fcall._torch import evaluated_while_tracing
 __all__ = [
     "BakedStateError",
     "DuplicateNameError",
+    "ExportedTransformError",
     "FcallError",
     "FcallWarning",
     "FunctionalizeOptionError",
@@ -314,6 +315,20 @@ class LossError(FcallError, ValueError):
     template = (
         "the gradients of {} need a loss that is one real number, but it is {}. Pass "
         "loss=a function of the output that returns a tensor with one element."
+    )
+
+
+class ExportedTransformError(FcallError, RuntimeError):
+    """A transform in an exported function that torch cannot export. Details: what is called."""
+
+    template = (
+        "{} is called in a transform while torch.export records. torch.export takes values of the "
+        "examples for constants in grad, vjp, jacrev and hessian, so that the graph would be wrong "
+        "for all others, and with strict=True fails in all transforms; strict=False exports vmap, "
+        "jvp and jacfwd. For gradients trace first, and export the traced graph: "
+        "fcall.trace(module, params, args).joint(loss).exported(); or for any function f "
+        "torch.export.export(make_fx(f)(*args), args), make_fx from "
+        "torch.fx.experimental.proxy_tensor."
     )
 
 

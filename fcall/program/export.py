@@ -10,6 +10,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from fcall import errors
+from fcall.binding import check_values, first_of_ties
 from fcall.call import Weights, merge, refuse_unsupported
 from fcall.plan import binding_for
 from fcall.program.caller import Caller, output_only
@@ -38,7 +39,7 @@ def export(
     Args:
         module: The module to export. Not changed, and not needed afterwards.
         parameter_and_buffer_dicts: Example values for all parameters and buffers, as for
-            :func:`fcall.functional_call`; of tied names one is enough. Not mutated.
+            :func:`fcall.functional_call`; of tied names the first given is the input. Not mutated.
         args: Example positional arguments: a tuple, or a single value that is not a tuple.
         kwargs: Example keyword arguments.
         dynamic_shapes: Which dimensions of the inputs vary, as :func:`torch.export.export` takes it
@@ -77,11 +78,17 @@ def export(
     if binding.kept:
         missing = sorted(slot.name for slot in binding.kept)
         errors.fail(errors.MissingValuesError, type(module).__name__, missing)
+    check_values(module, params, binding.same, tie_weights=tie_weights)
+    params = first_of_ties(params, binding)
     caller = Caller(module, method, output_only, tie_weights=tie_weights, kwargs_names=kwargs or {})
     if isinstance(dynamic_shapes, Mapping):
         dynamic_shapes = {caller.weights_name: dict.fromkeys(params), **dynamic_shapes}
     elif dynamic_shapes is not None:
         dynamic_shapes = (dict.fromkeys(params), *dynamic_shapes)
     return torch.export.export(
-        caller, (params, *args), dict(kwargs or {}), dynamic_shapes=dynamic_shapes, strict=False
+        caller,
+        (params, *args),
+        dict(kwargs or {}),
+        dynamic_shapes=dynamic_shapes,
+        strict=False,
     )

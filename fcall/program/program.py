@@ -15,7 +15,7 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
 from fcall import _torch, errors
-from fcall.call import Weights
+from fcall.call import Weights, refuse_transforms_in_export
 from fcall.program.derived import decomposed, joint, moved
 from fcall.program.exported import Traced, export_traced
 from fcall.program.graph_call import GraphCall
@@ -66,6 +66,7 @@ class Program(GraphCall):
             FcallError: what is given does not fit :attr:`signature`, which
                 :meth:`Signature.flatten` has the classes for.
         """
+        refuse_transforms_in_export(self.__name__)
         flat = self._flatten(parameter_and_buffer_dicts, args, kwargs)
         outputs = self.graph_module(*flat)
         out, state = _torch.pytree.tree_unflatten(outputs, self._traced.out_spec)

@@ -12,7 +12,7 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
 from fcall import _torch, errors
-from fcall.binding import check_values
+from fcall.binding import check_values, first_of_ties
 from fcall.call import Weights, merge, refuse_unsupported
 from fcall.plan import binding_for
 from fcall.program.caller import Caller, output_and_state
@@ -80,8 +80,7 @@ def trace(
     kwargs = dict(kwargs or {})
     binding = binding_for(module, tuple(given), tie_weights=tie_weights, strict=strict)
     check_values(module, given, binding.same, tie_weights=tie_weights)
-    repeated = {name for group in binding.same for name in group[1:]}
-    weights = {name: value for name, value in given.items() if name not in repeated}
+    weights = first_of_ties(given, binding)
     rest = _copies(module, [slot.name for slot in binding.kept], tie_weights=tie_weights)
     weights |= rest
     caller = Caller(module, method, output_and_state, tie_weights=tie_weights, kwargs_names=kwargs)
