@@ -143,16 +143,10 @@ def _own_and_run(module: nn.Module) -> None:
 
 
 @pytest.mark.compiled
-@pytest.mark.xfail(
-    raises=AssertionError, strict=True, reason="the inner operator returns the outer's value"
-)
 def test_a_buffer_given_to_the_outer_call_and_reassigned_in_the_inner_one() -> None:
     _own_and_run(Inner(Steps()))
 
 
 @pytest.mark.compiled
-@pytest.mark.xfail(
-    raises=AssertionError, strict=True, reason="under Dynamo the order of keys is not put back"
-)
 def test_a_buffer_deleted_and_registered_again_in_a_compiled_call() -> None:
     _own_and_run(Rebuilt())

@@ -22,6 +22,7 @@ __all__ = [
     "Store",
     "Substituted",
     "Substitution",
+    "dicts_of",
     "entry_of",
     "put_back_rnn_lists",
     "reassigned",
@@ -136,6 +137,21 @@ def stores_of(entries: Iterable[Entry]) -> list[dict[str, Any]]:
     return stores
 
 
+def dicts_of(substitution: Substitution) -> list[dict[str, Any]]:
+    """Return the dicts that are written to, each once. Dynamo has no ``id`` to tell them apart."""
+    places = zip(substitution.places, substitution.entries)
+    first_entries = {(number, store): entry for (number, store, _), entry in places}
+    return stores_of(first_entries.values())
+
+
+def put_in_order(store: dict[str, Any], keys: Sequence[str]) -> None:
+    """Undo what deleting and registering again does: an optimizer counts by order."""
+    if list(store) != keys:
+        entries = {key: store[key] for key in (*keys, *store) if key in store}
+        store.clear()
+        store.update(entries)
+
+
 def swap_in(entries: Iterable[Entry], values: Iterable[Any], originals: list[Any]) -> None:
     """Write ``values`` to ``entries``, adding to ``originals`` what was there before.
 
@@ -199,6 +215,7 @@ class Substituted:
         self.substitution = substitution
         self.values = values
         self.entries = list(zip(substitution.stores, substitution.keys))
+        self.orders: list[tuple[dict[str, Any], list[str]]] = []
         self.originals: list[Any] = []
         self.lists: list[tuple[nn.RNNBase, Any, Any]] = []
         self.changed: dict[int, Any] = {}
@@ -206,6 +223,7 @@ class Substituted:
 
     def __enter__(self) -> Substituted:
         to = self.substitution
+        self.orders = [(store, list(store)) for store in dicts_of(to)]
         self.lists = rnn_lists(to.rnns)
         try:
             swap_in(self.entries, [self.values[i] for i in to.sources], self.originals)
@@ -220,10 +238,12 @@ class Substituted:
     def close(self) -> None:
         """End the context, if it has not ended."""
         after = swap_out(self.entries, self.originals)
+        for store, keys in self.orders:
+            put_in_order(store, keys)
         put_back_rnn_lists(self.lists)
         if after:
             self.changed = reassigned(self.substitution, self.values, after)
-        self.originals, self.lists = [], []
+        self.orders, self.originals, self.lists = [], [], []
 
 
 class _ScriptedDict:

@@ -13,7 +13,7 @@ from fcall.binding import Binding, bind_for_graph
 from fcall.operator.names import input_names, placeholder_name
 from fcall.operator.register import problem_with_dynamo
 from fcall.rnn import needs_plain_rnns, with_plain_rnns
-from fcall.substitution import Substituted, Substitution, stores_of
+from fcall.substitution import Substituted, Substitution, dicts_of
 
 if not _torch.OPERATOR_PROBLEM:
     from fcall.operator.hop import bind_op, functional_call_op
@@ -101,7 +101,7 @@ def call(
         *operands,
         names=(*[placeholder_name(name) for name in names], *[names_of_inputs[i] for i in tensors]),
         module=module,
-        stores=stores_of(substitution.entries),
+        stores=dicts_of(substitution),
     )
     for number in [number for number in changed if number >= given_count]:
         store, key = substitution.entries[substitution.homes[number]]

@@ -154,12 +154,12 @@ class _Scratch:
         self.side_effects = tx.output.side_effects
         ignored = self.side_effects.ignore_mutation_on_these_variables
         # A call inside of a call of the same module leaves to the outer one what that ignores.
-        self.stores = list(
-            {id(s): s for s in map(_realized, stores.items) if s not in ignored}.values()
-        )
+        self.stores = [store for store in map(_realized, stores.items) if store not in ignored]
+        # It must restore that, too: what it puts there is of its own graph, not of the outer one.
+        self.restored = [*self.stores, *ignored]
 
     def __enter__(self) -> _Scratch:
-        self.before = [dict(store.items) for store in self.stores]
+        self.before = [dict(store.items) for store in self.restored]
         for store in self.stores:
             self.side_effects.ignore_mutations_on(store)
         return self
@@ -169,7 +169,7 @@ class _Scratch:
             self.side_effects.stop_ignoring_mutations_on(store)
 
     def check_restored(self) -> None:
-        for store, before in zip(self.stores, self.before):
+        for store, before in zip(self.restored, self.before):
             if list(before) != list(store.items) or any(
                 _realized(store.items[key]) is not _realized(value) for key, value in before.items()
             ):
