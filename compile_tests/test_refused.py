@@ -66,8 +66,34 @@ class Copies(nn.Module):
         return x + self.last
 
 
+class Adds(Copies):
+    """Does what torch refuses in other words."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.last.mul_(0.9).add_(x)
+        return x + self.last
+
+
+class Sums(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("sum", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.sum.sub_(x.sum(), alpha=2)
+        return x + self.sum
+
+
 @traced_or_not
-@pytest.mark.parametrize(("make", "x"), [(Normed, IMAGES[:, None]), (Copies, torch.rand(2, 3))])
+@pytest.mark.parametrize(
+    ("make", "x"),
+    [
+        (Normed, IMAGES[:, None]),
+        (Copies, torch.rand(2, 3)),
+        (Adds, torch.rand(2, 3)),
+        (Sums, torch.rand(2, 3)),
+    ],
+)
 def test_a_write_that_vmap_refuses(traced: bool, make: Callable[[], nn.Module], x: Tensor) -> None:
     module = make()
     with pytest.raises(errors.InPlaceUnderTransformError) as caught:
@@ -95,6 +121,12 @@ def test_other_errors_under_a_transform_stay_as_they_are() -> None:
     module = MLP()
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied") as caught:
         func.grad(lambda x: functional_call(module, {}, x).sum())(torch.rand(2, 7))
+    assert type(caught.value) is RuntimeError
+
+
+def test_shapes_that_are_wrong_without_vmap_are_no_refusal() -> None:
+    with pytest.raises(RuntimeError, match="doesn't match the broadcast shape") as caught:
+        func.vmap(lambda x: functional_call(Adds(), {}, x))(torch.rand(2, 5, 3))
     assert type(caught.value) is RuntimeError
 
 

@@ -98,8 +98,9 @@ try:
 
     _peek_interpreter_stack = torch._C._functorch.peek_interpreter_stack
     _interpreter_stack = torch._C._functorch.get_interpreter_stack
-    _vmap_and_jvp = {torch._C._functorch.TransformType.Vmap, torch._C._functorch.TransformType.Jvp}
     _grad = torch._C._functorch.TransformType.Grad
+    _vmap = torch._C._functorch.TransformType.Vmap
+    _jvp = torch._C._functorch.TransformType.Jvp
     _pre_dispatch = torch._C.DispatchKey.PreDispatch
     _proxy = torch._C._TorchDispatchModeKey.PROXY
     _get_dispatch_mode = torch._C._get_dispatch_mode
@@ -123,19 +124,25 @@ def in_functorch_transform() -> bool:
 
 
 @evaluated_while_tracing
+def in_vmap() -> bool:
+    """Whether vmap, or what is made of it, is running around the caller."""
+    return not OPERATOR_PROBLEM and _vmap in _transforms()
+
+
+@evaluated_while_tracing
 def in_vmap_or_forward_mode() -> bool:
     """Whether vmap, jvp or what is made of them is running around the caller."""
-    if OPERATOR_PROBLEM:
-        return False
-    return any(level.key() in _vmap_and_jvp for level in _interpreter_stack() or ())
+    return not OPERATOR_PROBLEM and not _transforms().isdisjoint((_vmap, _jvp))
+
+
+def _transforms() -> set[Any]:
+    return {level.key() for level in _interpreter_stack() or ()}
 
 
 @evaluated_while_tracing
 def in_gradient_transform() -> bool:
     """Whether grad, vjp or what is made of them is running around the caller."""
-    if OPERATOR_PROBLEM:
-        return False
-    return any(level.key() == _grad for level in _interpreter_stack() or ())
+    return not OPERATOR_PROBLEM and _grad in _transforms()
 
 
 def runs_pre_dispatch(operator: HigherOrderOperator, operands: tuple[Any, ...]) -> bool:

@@ -406,7 +406,7 @@ class InPlaceUnderTransformError(FcallError, RuntimeError):
 
     def describe(self, module: str, buffers: list[str], cause: str) -> str:
         """Return the message."""
-        under_vmap = "vmap" in cause or "batched" in cause
+        under_vmap = any(word in cause for word in ("vmap", "batched", "broadcast"))
         what, advice = _UNDER_VMAP if under_vmap else _UNDER_GRAD
         named = f" Its buffers are {buffers}." if buffers else ""
         return f"{module} writes in place under {what}.{named} {advice} torch says: {cause}"

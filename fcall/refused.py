@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
 from torch import nn
 
-from fcall import errors
+from fcall import _torch, errors
 
 __all__ = ["refused_write"]
 
@@ -14,6 +16,9 @@ _REFUSALS = (
     "Batch norm got a batched tensor as input while the running_mean or running_var",  # vmap
 )
 """What torch says when a write in place would go into a tensor that a transform shares."""
+
+_WRONG_SHAPE = re.compile(r"output with shape (.*?) doesn't match the broadcast shape (.*?[\])])")
+"""What it says of ``add_`` and ``sub_`` under vmap, where of others it says what the matter is."""
 
 
 def refused_write(module: nn.Module, error: Exception) -> tuple[str, list[str], str] | None:
@@ -33,4 +38,10 @@ def refused_write(module: nn.Module, error: Exception) -> tuple[str, list[str], 
 
 
 def _is_refusal(words: str) -> bool:
-    return any(refusal in words for refusal in _REFUSALS)
+    if any(refusal in words for refusal in _REFUSALS):
+        return True
+    shapes = _WRONG_SHAPE.search(words)
+    if not shapes or not _torch.in_vmap():
+        return False
+    dimensions, wanted = (len(re.findall(r"\d+", shape)) for shape in shapes.groups())
+    return wanted == dimensions + 1  # the batch: else the shapes are wrong without vmap, too
