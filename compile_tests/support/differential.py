@@ -8,12 +8,15 @@ module afterwards: the substituted tensors as they were, its own as after a plai
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterable
 from random import Random
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+from torch.utils import _pytree as pytree
 
 import fcall
 from compile_tests.support.oracle import TOLERANCES
@@ -53,7 +56,10 @@ def check(rng: Random, run: Run | None = None, *, faults: bool = True) -> None:
         return
     for _ in range(rng.choice([1, 2])):
         call = random_call(rng, module, faults=faults)
-        check_call(rng, module, call, run or rng.choice(WAYS))
+        way = run or rng.choice(WAYS)
+        check_call(rng, module, call, way)
+        if way in TRANSFORMS:
+            break  # the module's own buffers may be of the transform, as after a plain call
 
 
 def known_to_fail(module: nn.Module) -> bool:
@@ -137,14 +143,15 @@ def check_call(rng: Random, module: nn.Module, call: Call, run: Run) -> None:
     expected = _outcome(lambda: twin(twin_x))
     for handle in handles:
         handle.remove()
-    assert isinstance(out, Tensor) == isinstance(expected, Tensor), (out, expected)
-
-    if isinstance(out, Tensor):
+    refused = out == REFUSED and run in TRANSFORMS and writes_in_place(module)
+    if not refused:
         assert_close(out, expected)
+    if isinstance(out, Tensor):
         ours = [x, *call.values.values(), *(slots[name].tensor for name in kept)]
         theirs = [twin_x, *(leaves[id(v)] for v in call.values.values())]
         theirs += [twin_slots[name].tensor for name in kept]
-        assert_close(_gradients(out, ours), _gradients(expected, theirs))
+        pairs = (out, ours), (expected, theirs)
+        assert_close(*[_outcome(lambda pair=pair: _gradients(*pair)) for pair in pairs])
     for name in written:
         assert _mark(slots[name], own) == before[name], f"{name!r} was changed in the module"
     assert _key_orders(slots, written) == orders, "the order of names was changed"
@@ -152,6 +159,8 @@ def check_call(rng: Random, module: nn.Module, call: Call, run: Run) -> None:
         if isinstance(owner, nn.RNNBase):
             own = [getattr(owner, name) for name in owner._flat_weights_names]
             assert list(map(id, owner._flat_weights)) == list(map(id, own))
+    if run in TRANSFORMS and not isinstance(out, Tensor):
+        return  # half way, and what was written to the dicts until then is lost with the transform
     for name, slot in slots.items():
         if name in given:
             assert_close(given[name].detach(), twin_slots[name].tensor.detach())
@@ -162,7 +171,10 @@ def check_call(rng: Random, module: nn.Module, call: Call, run: Run) -> None:
 
 
 def assert_close(actual: Any, expected: Any) -> None:
-    """Compare tensors, or lists of them, with the tolerance of float64."""
+    """Compare tensors, or lists of them, with the tolerance of float64, or what else happened."""
+    if isinstance(actual, str) or isinstance(expected, str):
+        assert actual == expected
+        return
     torch.testing.assert_close(actual, expected, equal_nan=True, **TOLERANCES[torch.float64])
 
 
@@ -200,7 +212,7 @@ def _mark(slot: Slot, own: set[int]) -> Any:
     tensor = slot.tensor
     if tensor is None or id(tensor) in own:
         return id(tensor)
-    return id(tensor), tensor._version, tensor.tolist()
+    return id(tensor), tensor._version, str(tensor.tolist())  # a NaN is as it was, too
 
 
 def _fail(*_: Any) -> None:
@@ -212,14 +224,37 @@ def _outcome(call: Callable[[], Any]) -> Any:
         return call()
     except Failed:
         return "failed"
+    except fcall.errors.InPlaceUnderTransformError:
+        return REFUSED
+    except RuntimeError as error:
+        for words, what in KNOWN.items():
+            if words in str(error):
+                return what
+        raise
+
+
+REFUSED = "refused"
+KNOWN = {
+    "modified by an inplace operation": "no gradient",
+    "the fallback path doesn't work on out=": REFUSED,
+}
+"""What torch says, and what it means."""
 
 
 def _gradients(out: Tensor, inputs: list[Tensor]) -> list[Tensor]:
     """Return the gradients of a function of ``out``; zeros for what it does not depend on."""
-    loss = (out * torch.linspace(1, 2, out.numel(), dtype=out.dtype).view(out.shape)).sum()
     taken = [tensor for tensor in inputs if tensor.requires_grad]
-    gradients = iter(torch.autograd.grad(loss, taken, materialize_grads=True) if taken else ())
+    gradients = iter(autograd(out, taken) if taken else ())
     return [next(gradients) if t.requires_grad else torch.zeros(()) for t in inputs]
+
+
+def autograd(out: Tensor, inputs: list[Tensor], **options: Any) -> tuple[Tensor, ...]:
+    """Return the gradients of the loss."""
+    return torch.autograd.grad(_loss(out), inputs, materialize_grads=True, **options)
+
+
+def _loss(out: Tensor) -> Tensor:
+    return (out * torch.linspace(1, 2, out.numel(), dtype=out.dtype).view(out.shape)).sum()
 
 
 # --- the ways to call ---------------------------------------------------------------------------
@@ -247,6 +282,98 @@ def in_a_block(module: nn.Module, values: Any, x: Tensor, ties: bool, strict: bo
         return module(x)
 
 
+class Once:
+    """The tensors among values, each once: transforms wrap one that comes twice two times."""
+
+    def __init__(self, values: dict[str, Tensor]) -> None:
+        self.tensors = {f"{id(value)}": value for value in values.values()}
+        self._keys = {name: f"{id(value)}" for name, value in values.items()}
+
+    def named(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return what has ``tensors`` where the values have their own."""
+        return {name: tensors[key] for name, key in self._keys.items()}
+
+
+def in_vmap(module: nn.Module, values: Any, x: Tensor, ties: bool, strict: bool) -> Any:
+    """Call for several inputs in ``vmap``: each result is as if it was alone."""
+
+    def call(x: Tensor) -> Tensor:
+        return fcall.functional_call(module, values, x, tie_weights=ties, strict=strict)
+
+    return _vmap(call, 0)(_with_another(x))[1]
+
+
+def in_vmap_over_values(module: nn.Module, values: Any, x: Tensor, ties: bool, strict: bool) -> Any:
+    """Call for several inputs, each with its own values, in ``vmap``: an ensemble."""
+    once = Once({name: value for name, value in values.items() if value.is_floating_point()})
+
+    def call(tensors: dict[str, Tensor], x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        own = {**values, **once.named(tensors)}
+        out = fcall.functional_call(module, own, x, tie_weights=ties, strict=strict)
+        return out, own
+
+    stacked = {key: _with_another(value) for key, value in once.tensors.items()}
+    out, after = _vmap(call, (0, 0))(stacked, _with_another(x))
+    values.update({name: value[1] for name, value in after.items()})
+    return out[1]
+
+
+def in_grad(module: nn.Module, values: Any, x: Tensor, ties: bool, strict: bool) -> Any:
+    """Call in ``grad``, whose gradients have to be those of autograd."""
+    once, gradients = _gradients_in_func(module, values, ties, strict)
+    taken, (out, after) = gradients(once.tensors, x)
+    values.update(after)
+    _check_gradients(taken, out, once, x)
+    return out
+
+
+def in_vmap_of_grad(module: nn.Module, values: Any, x: Tensor, ties: bool, strict: bool) -> Any:
+    """Call for several inputs in ``vmap`` of ``grad``: the gradients of each alone."""
+    once, gradients = _gradients_in_func(module, values, ties, strict)
+    results = _vmap(gradients, (None, 0))(once.tensors, _with_another(x))
+    taken, (out, after) = pytree.tree_map(lambda result: result[1], results)
+    values.update(after)
+    _check_gradients(taken, out, once, x)
+    return out
+
+
+def _gradients_in_func(
+    module: nn.Module, values: dict[str, Tensor], ties: bool, strict: bool
+) -> tuple[Once, Callable[..., Any]]:
+    once = Once({name: value for name, value in values.items() if value.requires_grad})
+
+    def loss(tensors: dict[str, Tensor], x: Tensor) -> Any:
+        own = {**values, **once.named(tensors)}
+        out = fcall.functional_call(module, own, x, tie_weights=ties, strict=strict)
+        return _loss(out), (out, own)
+
+    return once, fcall.func.grad(loss, (0, 1), has_aux=True)
+
+
+def _check_gradients(taken: Any, out: Tensor, once: Once, x: Tensor) -> None:
+    inputs = [*once.tensors.values(), x]
+    assert_close([*taken[0].values(), taken[1]], [*autograd(out, inputs, retain_graph=True)])
+
+
+def _vmap(fn: Callable[..., Any], in_dims: Any) -> Callable[..., Any]:
+    def mapped(*args: Any) -> Any:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "There is a performance drop")
+            return fcall.func.vmap(fn, in_dims)(*args)
+
+    return mapped
+
+
+def _with_another(tensor: Tensor) -> Tensor:
+    return torch.stack([tensor.detach() * 2, tensor])
+
+
+def writes_in_place(module: nn.Module) -> bool:
+    """Whether there is a write for transforms to refuse."""
+    kinds = (Mean, nn.BatchNorm1d, parametrizations._SpectralNorm)
+    return any(isinstance(part, kinds) for part in module.modules())
+
+
 def compiled(module: nn.Module, values: Any, x: Tensor, ties: bool, strict: bool) -> Any:
     """Call in a compiled function."""
     torch._dynamo.reset()
@@ -257,4 +384,5 @@ def compiled(module: nn.Module, values: Any, x: Tensor, ties: bool, strict: bool
     return torch.compile(call, backend="aot_eager")(values, x)
 
 
-WAYS: list[Run] = [in_one_dict, in_two_dicts, in_a_block]
+TRANSFORMS: list[Run] = [in_vmap, in_vmap_over_values, in_grad, in_vmap_of_grad]
+WAYS: list[Run] = [in_one_dict, in_two_dicts, in_a_block, *TRANSFORMS]

@@ -24,10 +24,10 @@ WIDTH = 4
 def random_module(rng: Random) -> nn.Module:
     """Return a random tree of modules, in training or in evaluation."""
     torch.manual_seed(rng.randrange(100))
-    module = _tree(rng, depth=rng.randrange(4))
+    module = _tree(rng, depth=rng.randrange(4)).double()  # before ties, which it undoes of buffers
     for _ in range(rng.randrange(5)):
         rng.choice([_share, _tie, _tie, _parametrize, _hook, _leave_out])(module, rng)
-    return module.double().train(rng.random() < 0.6)
+    return module.train(rng.random() < 0.6)
 
 
 # --- layers -------------------------------------------------------------------------------------
