@@ -17,9 +17,16 @@ from torch import Tensor, nn
 import fcall
 from compile_tests import fuzz
 from compile_tests.support import differential
-from compile_tests.support.compiled import capture
-from compile_tests.support.oracle import state_of, unchanged
-from compile_tests.support.random_modules import WIDTH, Inner, Rebuilt, Steps, random_module
+from compile_tests.support.compiled import check_compiled
+from compile_tests.support.oracle import state_of
+from compile_tests.support.random_modules import (
+    WIDTH,
+    Inner,
+    Rebuilt,
+    Steps,
+    Twice,
+    random_module,
+)
 from compile_tests.support.slots import slots_of
 
 bounded = settings(deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -104,13 +111,38 @@ def _as_torch_does(module: nn.Module, values: Any, x: Tensor, ties: bool, strict
 )
 def test_what_is_wrong_is_found(run: differential.Run) -> None:
     """And torch's own functional_call is found wrong."""
-    found = 0
+    assert _finds_something(run)
+
+
+@pytest.mark.parametrize(
+    "run", [way for way in differential.WAYS if way != differential.in_a_block]
+)
+def test_each_way_finds_what_is_wrong(run: differential.Run, monkeypatch: Any) -> None:
+    monkeypatch.setattr(fcall, "functional_call", torch.func.functional_call)
+    assert _finds_something(run)
+
+
+def test_wrong_gradients_of_transforms_are_found(monkeypatch: Any) -> None:
+    monkeypatch.setattr(fcall.func, "grad", _wrong_for_the_values)
+    assert _finds_something(differential.in_grad)
+    assert _finds_something(differential.in_vmap_of_grad)
+
+
+def _wrong_for_the_values(fn: Any, argnums: Any, **options: Any) -> Any:
+    def gradients(tensors: Any, x: Tensor) -> Any:
+        (_, of_x), rest = torch.func.grad(fn, argnums, **options)(tensors, x)
+        return (tensors, of_x), rest
+
+    return gradients
+
+
+def _finds_something(run: differential.Run) -> bool:
     for seed in range(150):
         try:
             differential.check(Random(seed), run, faults=False)
         except (AssertionError, RuntimeError, ValueError, KeyError, TypeError):
-            found += 1
-    assert found > 0
+            return True
+    return False
 
 
 def test_a_failure_can_be_replayed(capsys: Any, monkeypatch: Any) -> None:
@@ -135,18 +167,19 @@ def test_the_command_line() -> None:
 # --- what it found ------------------------------------------------------------------------------
 
 
-def _own_and_run(module: nn.Module) -> None:
-    module.double()
-    values, x = state_of(module, seed=1), torch.rand(3, WIDTH, dtype=torch.float64)
-    with unchanged(module):
-        capture(lambda p, x: fcall.functional_call(module, p, x), values, x)
-
-
 @pytest.mark.compiled
-def test_a_buffer_given_to_the_outer_call_and_reassigned_in_the_inner_one() -> None:
-    _own_and_run(Inner(Steps()))
-
-
-@pytest.mark.compiled
-def test_a_buffer_deleted_and_registered_again_in_a_compiled_call() -> None:
-    _own_and_run(Rebuilt())
+@pytest.mark.parametrize(
+    ("module", "routes"),
+    [
+        # A buffer given to the outer call and reassigned in the inner one, which is not given it.
+        (Inner(Steps()), ["inlined", "operator"]),
+        (Twice(Inner(Steps())), ["inlined", "inlined", "operator"]),
+        # Deleted and registered again.
+        (Rebuilt(), ["operator"]),
+        (Inner(Rebuilt()), ["inlined", "operator"]),
+    ],
+)
+def test_compiled_calls_of(module: nn.Module, routes: list[str]) -> None:
+    values, x = state_of(module, seed=1), torch.rand(3, WIDTH)
+    call = lambda p, x: (fcall.functional_call(module, p, x), p)  # noqa: E731, p is written to
+    check_compiled(call, values, x, module=module, route=routes)

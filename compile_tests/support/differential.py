@@ -63,11 +63,16 @@ def check(rng: Random, run: Run | None = None, *, faults: bool = True) -> None:
 
 
 def known_to_fail(module: nn.Module) -> bool:
-    """Whether ``torch.compile(module)`` itself has wrong gradients."""
+    """Whether ``torch.compile(module)`` itself has wrong gradients or buffers."""
     places = list(module.named_modules(remove_duplicate=False))
     twice = [part for _, owner in places if type(owner) is Twice for part in owner.modules()]
     means = [id(part) for _, part in places if type(part) is Mean]
-    return any(type(part) is Mean for part in twice) or len(set(means)) < len(means)
+    norms = [part for _, part in places if type(part) is nn.BatchNorm1d]
+    return (
+        any(type(part) is Mean for part in twice)
+        or len(set(means)) < len(means)
+        or any(norm.running_mean is norm.running_var for norm in norms)
+    )
 
 
 def random_call(rng: Random, module: nn.Module, *, faults: bool) -> Call:
@@ -221,7 +226,9 @@ def _fail(*_: Any) -> None:
 
 def _outcome(call: Callable[[], Any]) -> Any:
     try:
-        return call()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "There is a performance drop")  # of vmap
+            return call()
     except Failed:
         return "failed"
     except fcall.errors.InPlaceUnderTransformError:
@@ -300,7 +307,7 @@ def in_vmap(module: nn.Module, values: Any, x: Tensor, ties: bool, strict: bool)
     def call(x: Tensor) -> Tensor:
         return fcall.functional_call(module, values, x, tie_weights=ties, strict=strict)
 
-    return _vmap(call, 0)(_with_another(x))[1]
+    return fcall.func.vmap(call)(_with_another(x))[1]
 
 
 def in_vmap_over_values(module: nn.Module, values: Any, x: Tensor, ties: bool, strict: bool) -> Any:
@@ -313,7 +320,7 @@ def in_vmap_over_values(module: nn.Module, values: Any, x: Tensor, ties: bool, s
         return out, own
 
     stacked = {key: _with_another(value) for key, value in once.tensors.items()}
-    out, after = _vmap(call, (0, 0))(stacked, _with_another(x))
+    out, after = fcall.func.vmap(call)(stacked, _with_another(x))
     values.update({name: value[1] for name, value in after.items()})
     return out[1]
 
@@ -330,7 +337,7 @@ def in_grad(module: nn.Module, values: Any, x: Tensor, ties: bool, strict: bool)
 def in_vmap_of_grad(module: nn.Module, values: Any, x: Tensor, ties: bool, strict: bool) -> Any:
     """Call for several inputs in ``vmap`` of ``grad``: the gradients of each alone."""
     once, gradients = _gradients_in_func(module, values, ties, strict)
-    results = _vmap(gradients, (None, 0))(once.tensors, _with_another(x))
+    results = fcall.func.vmap(gradients, (None, 0))(once.tensors, _with_another(x))
     taken, (out, after) = pytree.tree_map(lambda result: result[1], results)
     values.update(after)
     _check_gradients(taken, out, once, x)
@@ -353,15 +360,6 @@ def _gradients_in_func(
 def _check_gradients(taken: Any, out: Tensor, once: Once, x: Tensor) -> None:
     inputs = [*once.tensors.values(), x]
     assert_close([*taken[0].values(), taken[1]], [*autograd(out, inputs, retain_graph=True)])
-
-
-def _vmap(fn: Callable[..., Any], in_dims: Any) -> Callable[..., Any]:
-    def mapped(*args: Any) -> Any:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "There is a performance drop")
-            return fcall.func.vmap(fn, in_dims)(*args)
-
-    return mapped
 
 
 def _with_another(tensor: Tensor) -> Tensor:
