@@ -95,7 +95,8 @@ def random_call(rng: Random, module: nn.Module, *, faults: bool) -> Call:
         if group not in of_group:
             of_group[group] = _value(slots[name], rng)
         values[name] = of_group[group]
-    x = torch.linspace(-1, 1, 3 * WIDTH, dtype=torch.float64).view(3, WIDTH)
+    # Not symmetric: norms of what is would have zeros where others have rounding errors.
+    x = torch.linspace(0, 9, 3 * WIDTH, dtype=torch.float64).sin().view(3, WIDTH)
     return Call(values, x, tie_weights, strict, faults and rng.random() < 0.15)
 
 
