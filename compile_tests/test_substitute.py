@@ -12,6 +12,7 @@ import fcall
 from compile_tests.support.compiled import capture, fresh
 from compile_tests.support.models import EXAMPLES, MLP, Counter, Recurrent, Tied, parametrized
 from compile_tests.support.oracle import assert_close, loaded, state_of, unchanged
+from compile_tests.support.random_modules import Rebuilt
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
@@ -124,6 +125,16 @@ def test_in_a_compiled_function(name: str) -> None:
     assert_close(compiled, eager)
     assert len(result.graphs) == 1
     assert result.kinds == ["inlined"]
+
+
+@pytest.mark.compiled
+def test_a_buffer_deleted_and_registered_again_in_a_compiled_function() -> None:
+    module, x = Rebuilt(), torch.rand(3, 4)
+    eager, compiled = state_of(module, seed=1), state_of(module, seed=1)
+    with unchanged(module):
+        expected = _two_calls(module, eager, x)
+        result = capture(lambda p, x: _two_calls(module, p, x), compiled, x)
+    assert_close((result.out, compiled), (expected, eager))
 
 
 @pytest.mark.compiled

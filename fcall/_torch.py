@@ -332,8 +332,8 @@ def dynamo() -> SimpleNamespace:
 
         return SimpleNamespace(
             Unsupported=exc.Unsupported,
-            # What an operation raised on fake tensors.
-            TorchRuntimeError=exc.TorchRuntimeError,
+            # What an operation raised on fake tensors: to 2.14, and from 2.15 on.
+            of_operations=(exc.TorchRuntimeError, exc.ObservedException),
             # Starts the analysis of a frame again, after a body turned out not to be capturable.
             SpeculationRestartAnalysis=exc.SpeculationRestartAnalysis,
             # The table in which Dynamo looks up how to trace an operator, by its name.

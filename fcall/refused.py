@@ -17,8 +17,13 @@ _REFUSALS = (
 )
 """What torch says when a write in place would go into a tensor that a transform shares."""
 
-_WRONG_SHAPE = re.compile(r"output with shape (.*?) doesn't match the broadcast shape (.*?[\])])")
-"""What it says of ``add_`` and ``sub_`` under vmap, where of others it says what the matter is."""
+_WRONG_SHAPE = re.compile(
+    r"output with shape (.*?) doesn\\?'t match the broadcast shape (.*?[\])])"
+)
+"""What it says of ``add_`` and ``sub_`` under vmap, where of others it says what the matter is.
+
+In a trace it may be quoted.
+"""
 
 
 def refused_write(module: nn.Module, error: Exception) -> tuple[str, list[str], str] | None:

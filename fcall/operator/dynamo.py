@@ -44,11 +44,11 @@ class FunctionalCallVariable(_Variable):
                 _record_when_done(tx, module, routes.INLINED, inlined[key])
                 return body.call_function(tx, operands, {})
             return self._trace(tx, body, operands, names, module, kwargs["stores"])
-        except (dynamo.Unsupported, dynamo.TorchRuntimeError, _NotCapturableError) as error:
+        except (dynamo.Unsupported, *dynamo.of_operations, _NotCapturableError) as error:
             refused = refused_write(called.value, error)
             if refused:
                 errors.fail_while_tracing(errors.InPlaceUnderTransformError, *refused)
-            if key in inlined or isinstance(error, dynamo.TorchRuntimeError):
+            if key in inlined or isinstance(error, dynamo.of_operations):
                 raise
             inlined[key] = _summary(error)
             restart = f"fcall: inline the call of {module}"
