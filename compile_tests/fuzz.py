@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Sequence
 from random import Random
 
-from compile_tests.support import differential
+from compile_tests.support import differential, ways
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         compiled = options.compiled or count % options.compiled_every == options.compiled_every - 1
         try:
             if compiled:
-                differential.check(Random(seed), differential.compiled, faults=False)
+                differential.check(Random(seed), ways.compiled, faults=False)
             else:
                 differential.check(Random(seed))
         except Exception:  # noqa: BLE001, whatever it is: it is the news

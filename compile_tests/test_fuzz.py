@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import fcall
 from compile_tests import fuzz
-from compile_tests.support import differential
+from compile_tests.support import differential, ways
 from compile_tests.support.compiled import check_compiled
 from compile_tests.support.oracle import state_of
 from compile_tests.support.random_modules import (
@@ -44,7 +44,7 @@ SEEDS = [s for s in range(30) if not differential.known_to_fail(random_module(Ra
 @pytest.mark.compiled
 @pytest.mark.parametrize("seed", SEEDS)
 def test_compiled(seed: int) -> None:
-    differential.check(Random(seed), differential.compiled, faults=False)
+    differential.check(Random(seed), ways.compiled, faults=False)
 
 
 def test_the_generator_makes_all_that_is_hard() -> None:
@@ -109,23 +109,21 @@ def _as_torch_does(module: nn.Module, values: Any, x: Tensor, ties: bool, strict
     "run",
     [_forgets_ties, _forgets_to_write_back, _cuts_gradients, _forgets_a_value, _as_torch_does],
 )
-def test_what_is_wrong_is_found(run: differential.Run) -> None:
+def test_what_is_wrong_is_found(run: ways.Run) -> None:
     """And torch's own functional_call is found wrong."""
     assert _finds_something(run)
 
 
-@pytest.mark.parametrize(
-    "run", [way for way in differential.WAYS if way != differential.in_a_block]
-)
-def test_each_way_finds_what_is_wrong(run: differential.Run, monkeypatch: Any) -> None:
+@pytest.mark.parametrize("run", [way for way in ways.WAYS if way != ways.in_a_block])
+def test_each_way_finds_what_is_wrong(run: ways.Run, monkeypatch: Any) -> None:
     monkeypatch.setattr(fcall, "functional_call", torch.func.functional_call)
     assert _finds_something(run)
 
 
 def test_wrong_gradients_of_transforms_are_found(monkeypatch: Any) -> None:
     monkeypatch.setattr(fcall.func, "grad", _wrong_for_the_values)
-    assert _finds_something(differential.in_grad)
-    assert _finds_something(differential.in_vmap_of_grad)
+    assert _finds_something(ways.in_grad)
+    assert _finds_something(ways.in_vmap_of_grad)
 
 
 def _wrong_for_the_values(fn: Any, argnums: Any, **options: Any) -> Any:
@@ -136,7 +134,7 @@ def _wrong_for_the_values(fn: Any, argnums: Any, **options: Any) -> Any:
     return gradients
 
 
-def _finds_something(run: differential.Run) -> bool:
+def _finds_something(run: ways.Run) -> bool:
     for seed in range(150):
         try:
             differential.check(Random(seed), run, faults=False)

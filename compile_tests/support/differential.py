@@ -16,10 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
-from torch.utils import _pytree as pytree
 
 import fcall
-from compile_tests.support.oracle import TOLERANCES
 from compile_tests.support.random_modules import (
     WIDTH,
     Calls,
@@ -29,9 +27,7 @@ from compile_tests.support.random_modules import (
     random_module,
 )
 from compile_tests.support.slots import Slot, set_tensor, slots_of
-
-Run = Callable[[nn.Module, dict[str, Tensor], Tensor, bool, bool], Any]
-"""Calls the module with values, an input, ``tie_weights`` and ``strict``; returns its output."""
+from compile_tests.support.ways import TRANSFORMS, WAYS, Run, assert_close, autograd, compiled
 
 
 class Call(NamedTuple):
@@ -176,14 +172,6 @@ def check_call(rng: Random, module: nn.Module, call: Call, run: Run) -> None:
     assert counts[0] == counts[1]
 
 
-def assert_close(actual: Any, expected: Any) -> None:
-    """Compare tensors, or lists of them, with the tolerance of float64, or what else happened."""
-    if isinstance(actual, str) or isinstance(expected, str):
-        assert actual == expected
-        return
-    torch.testing.assert_close(actual, expected, equal_nan=True, **TOLERANCES[torch.float64])
-
-
 def _written(slots: dict[str, Slot], call: Call) -> dict[str, str]:
     """Map each name whose tensor is substituted to the given name that its value comes from."""
     givers = {}
@@ -249,139 +237,14 @@ KNOWN = {
 """What torch says, and what it means."""
 
 
-def _gradients(out: Tensor, inputs: list[Tensor]) -> list[Tensor]:
-    """Return the gradients of a function of ``out``; zeros for what it does not depend on."""
-    taken = [tensor for tensor in inputs if tensor.requires_grad]
-    gradients = iter(autograd(out, taken) if taken else ())
-    return [next(gradients) if t.requires_grad else torch.zeros(()) for t in inputs]
-
-
-def autograd(out: Tensor, inputs: list[Tensor], **options: Any) -> tuple[Tensor, ...]:
-    """Return the gradients of the loss."""
-    return torch.autograd.grad(_loss(out), inputs, materialize_grads=True, **options)
-
-
-def _loss(out: Tensor) -> Tensor:
-    return (out * torch.linspace(1, 2, out.numel(), dtype=out.dtype).view(out.shape)).sum()
-
-
-# --- the ways to call ---------------------------------------------------------------------------
-
-
-def in_one_dict(module: nn.Module, values: Any, x: Tensor, ties: bool, strict: bool) -> Any:
-    """Call with one dict."""
-    return fcall.functional_call(module, values, x, tie_weights=ties, strict=strict)
-
-
-def in_two_dicts(module: nn.Module, values: Any, x: Tensor, ties: bool, strict: bool) -> Any:
-    """Call with the values in two dicts."""
-    names = list(values)
-    parts = [{name: values[name] for name in names[i::2]} for i in range(2)]
-    try:
-        return fcall.functional_call(module, parts, (x,), tie_weights=ties, strict=strict)
-    finally:
-        for part in parts:
-            values.update(part)
-
-
-def in_a_block(module: nn.Module, values: Any, x: Tensor, ties: bool, strict: bool) -> Any:
-    """Call in a block that has the values."""
-    with fcall.substitute(module, values, tie_weights=ties, strict=strict):
-        return module(x)
-
-
-class Once:
-    """The tensors among values, each once: transforms wrap one that comes twice two times."""
-
-    def __init__(self, values: dict[str, Tensor]) -> None:
-        self.tensors = {f"{id(value)}": value for value in values.values()}
-        self._keys = {name: f"{id(value)}" for name, value in values.items()}
-
-    def named(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return what has ``tensors`` where the values have their own."""
-        return {name: tensors[key] for name, key in self._keys.items()}
-
-
-def in_vmap(module: nn.Module, values: Any, x: Tensor, ties: bool, strict: bool) -> Any:
-    """Call for several inputs in ``vmap``: each result is as if it was alone."""
-
-    def call(x: Tensor) -> Tensor:
-        return fcall.functional_call(module, values, x, tie_weights=ties, strict=strict)
-
-    return fcall.func.vmap(call)(_with_another(x))[1]
-
-
-def in_vmap_over_values(module: nn.Module, values: Any, x: Tensor, ties: bool, strict: bool) -> Any:
-    """Call for several inputs, each with its own values, in ``vmap``: an ensemble."""
-    once = Once({name: value for name, value in values.items() if value.is_floating_point()})
-
-    def call(tensors: dict[str, Tensor], x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        own = {**values, **once.named(tensors)}
-        out = fcall.functional_call(module, own, x, tie_weights=ties, strict=strict)
-        return out, own
-
-    stacked = {key: _with_another(value) for key, value in once.tensors.items()}
-    out, after = fcall.func.vmap(call)(stacked, _with_another(x))
-    values.update({name: value[1] for name, value in after.items()})
-    return out[1]
-
-
-def in_grad(module: nn.Module, values: Any, x: Tensor, ties: bool, strict: bool) -> Any:
-    """Call in ``grad``, whose gradients have to be those of autograd."""
-    once, gradients = _gradients_in_func(module, values, ties, strict)
-    taken, (out, after) = gradients(once.tensors, x)
-    values.update(after)
-    _check_gradients(taken, out, once, x)
-    return out
-
-
-def in_vmap_of_grad(module: nn.Module, values: Any, x: Tensor, ties: bool, strict: bool) -> Any:
-    """Call for several inputs in ``vmap`` of ``grad``: the gradients of each alone."""
-    once, gradients = _gradients_in_func(module, values, ties, strict)
-    results = fcall.func.vmap(gradients, (None, 0))(once.tensors, _with_another(x))
-    taken, (out, after) = pytree.tree_map(lambda result: result[1], results)
-    values.update(after)
-    _check_gradients(taken, out, once, x)
-    return out
-
-
-def _gradients_in_func(
-    module: nn.Module, values: dict[str, Tensor], ties: bool, strict: bool
-) -> tuple[Once, Callable[..., Any]]:
-    once = Once({name: value for name, value in values.items() if value.requires_grad})
-
-    def loss(tensors: dict[str, Tensor], x: Tensor) -> Any:
-        own = {**values, **once.named(tensors)}
-        out = fcall.functional_call(module, own, x, tie_weights=ties, strict=strict)
-        return _loss(out), (out, own)
-
-    return once, fcall.func.grad(loss, (0, 1), has_aux=True)
-
-
-def _check_gradients(taken: Any, out: Tensor, once: Once, x: Tensor) -> None:
-    inputs = [*once.tensors.values(), x]
-    assert_close([*taken[0].values(), taken[1]], [*autograd(out, inputs, retain_graph=True)])
-
-
-def _with_another(tensor: Tensor) -> Tensor:
-    return torch.stack([tensor.detach() * 2, tensor])
-
-
 def writes_in_place(module: nn.Module) -> bool:
     """Whether there is a write for transforms to refuse."""
     kinds = (Mean, nn.BatchNorm1d, parametrizations._SpectralNorm)
     return any(isinstance(part, kinds) for part in module.modules())
 
 
-def compiled(module: nn.Module, values: Any, x: Tensor, ties: bool, strict: bool) -> Any:
-    """Call in a compiled function."""
-    torch._dynamo.reset()
-
-    def call(values: Any, x: Tensor) -> Any:
-        return fcall.functional_call(module, values, x, tie_weights=ties, strict=strict)
-
-    return torch.compile(call, backend="aot_eager")(values, x)
-
-
-TRANSFORMS: list[Run] = [in_vmap, in_vmap_over_values, in_grad, in_vmap_of_grad]
-WAYS: list[Run] = [in_one_dict, in_two_dicts, in_a_block, *TRANSFORMS]
+def _gradients(out: Tensor, inputs: list[Tensor]) -> list[Tensor]:
+    """Return the gradients of a function of ``out``; zeros for what it does not depend on."""
+    taken = [tensor for tensor in inputs if tensor.requires_grad]
+    gradients = iter(autograd(out, taken) if taken else ())
+    return [next(gradients) if t.requires_grad else torch.zeros(()) for t in inputs]
