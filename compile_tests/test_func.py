@@ -13,7 +13,7 @@ from torch.nn.functional import group_norm
 
 import fcall
 from compile_tests.support.compiled import capture, check_compiled, run, traced_or_not
-from compile_tests.support.models import MLP, Attention, Normed, Tied
+from compile_tests.support.models import MLP, Attention, Counter, Normed, Tied
 from compile_tests.support.oracle import assert_close, in_float64, loaded, state_of, unchanged
 from fcall import func, functional_call
 
@@ -261,3 +261,30 @@ def test_dropout_under_vmap_is_an_error_by_default(traced: bool) -> None:
     module, x = Dropped(), torch.ones(2, 3)
     with pytest.raises(RuntimeError, match="randomness error mode"):
         run(traced, func.vmap(lambda x: functional_call(module, {}, x)), x)
+
+
+@compiled
+def test_a_reassigned_buffer_leaves_a_compiled_transform() -> None:
+    module = Counter()
+
+    def loss(p: Params, x: Tensor) -> Any:
+        p = dict(p)
+        return functional_call(module, p, x).prod(), p
+
+    p, x = state_of(module, seed=1), torch.rand(3)
+    check_compiled(lambda p, x: func.grad(loss, (0, 1), has_aux=True)(p, x), p, x, module=module)
+
+
+@compiled
+@pytest.mark.parametrize("plain", [False, True])
+def test_a_reassigned_buffer_that_stays_in_a_compiled_transform_is_an_error(plain: bool) -> None:
+    """That of a plain call: torch cannot return from a graph what belongs to a transform."""
+    module = Counter()
+    p, x = state_of(module, seed=1), torch.rand(3)
+
+    def loss(p: Params, x: Tensor) -> Tensor:
+        return (module(x) if plain else functional_call(module, p, x)).sum()
+
+    with unchanged(module), pytest.raises(RuntimeError, match="storage of TensorWrapper"):
+        capture(lambda p, x: func.grad(lambda x: loss(p, x))(x), p, x)
+    assert_close(p, state_of(module, seed=1))
