@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, MutableMapping, Sequence
+from contextvars import ContextVar
 from operator import attrgetter
 from typing import Any
 
@@ -20,6 +21,7 @@ from fcall.substitution import Substituted, Substitution, substitution_of
 __all__ = ["Weights", "functional_call"]
 
 _is_meta = attrgetter("is_meta")
+_inlines: ContextVar[bool] = ContextVar("fcall_inlines", default=False)
 
 Weights = Mapping[str, Tensor] | Sequence[Mapping[str, Tensor]]
 """Values for parameters and buffers by name, in one mapping or in several without common names."""
@@ -109,8 +111,15 @@ def call_inlined(
     tie_weights: bool,
     method: str | None,
 ) -> Any:
-    """Do as :func:`functional_call`, but never as an operator: for a graph that needs no border."""
-    return _call(module, weights, args, kwargs, tie_weights, False, method, inline=True)
+    """Do as :func:`functional_call`, but never as an operator: for a graph that needs no border.
+
+    Nor are the calls as operators that the module makes. Not to be traced by Dynamo.
+    """
+    token = _inlines.set(True)
+    try:
+        return _call(module, weights, args, kwargs, tie_weights, False, method)
+    finally:
+        _inlines.reset(token)
 
 
 def _call(
@@ -121,12 +130,11 @@ def _call(
     tie_weights: bool,
     strict: bool,
     method: str | None,
-    inline: bool = False,
 ) -> Any:
     names, values, substitution = prepare(
         module, dicts, (args, kwargs), tie_weights=tie_weights, strict=strict, method=method
     )
-    if not inline and (torch.compiler.is_dynamo_compiling() or operator.is_recorded()):
+    if torch.compiler.is_dynamo_compiling() or (operator.is_recorded() and not _inlines.get()):
         out, changed = operator.call(module, method, substitution, names, values, args, kwargs)
         write_back(dicts, names, changed)
         return out
