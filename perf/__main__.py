@@ -21,6 +21,7 @@ QUESTIONS = (
     "jacobians",
     "maml",
     "threads",
+    "serving",
 )
 
 
