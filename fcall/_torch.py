@@ -40,6 +40,7 @@ __all__ = [
     "HigherOrderOperator",
     "ProxyTorchDispatchMode",
     "allow_rnns_in_this_trace",
+    "artifacts",
     "attributes_when_not_compiled",
     "compiled_calls",
     "dynamo",
@@ -328,7 +329,7 @@ def dynamo() -> SimpleNamespace:
     try:
         from torch._dynamo import exc
         from torch._dynamo.guards import install_guard
-        from torch._dynamo.variables import higher_order_ops
+        from torch._dynamo.variables import ConstDictVariable, TupleVariable, higher_order_ops
 
         return SimpleNamespace(
             Unsupported=exc.Unsupported,
@@ -343,6 +344,9 @@ def dynamo() -> SimpleNamespace:
             speculate_subgraph=higher_order_ops.speculate_subgraph_with_auto_output_flattening,
             call_subgraph=higher_order_ops._call_function_with_auto_output_flattening,
             make_attr=higher_order_ops.make_attr,
+            # What stands for dicts and tuples in a trace.
+            ConstDictVariable=ConstDictVariable,
+            TupleVariable=TupleVariable,
             # Adds a condition under which the compiled code holds.
             install_guard=install_guard,
         )
@@ -543,3 +547,78 @@ def inductor(
         AttributeError: where it is gone.
     """
     return torch._TorchCompileInductorWrapper(mode, options, dynamic)
+
+
+@functools.cache
+def artifacts() -> SimpleNamespace:
+    """Import what :mod:`fcall.program.cache` needs to keep on disk what was compiled.
+
+    Raises:
+        DynamoUnavailableError: a name is gone; the message says which one. Then nothing is kept.
+    """
+    try:
+        from torch._dynamo import config as dynamo_config
+        from torch._dynamo.aot_compile_types import BundledAOTAutogradSerializableCallable
+        from torch._dynamo.guards import CheckFunctionManager
+        from torch._dynamo.output_graph import OutputGraphCommon, OutputGraphGuardsState
+        from torch._dynamo.package import SerializedCode
+        from torch._dynamo.symbolic_convert import InstructionTranslator
+        from torch._functorch import config as functorch_config
+        from torch._guards import Guard, GuardsSet
+        from torch._inductor import config as inductor_config
+        from torch._inductor.codecache import CppPythonBindingsCodeCache
+        from torch._inductor.runtime.cache_dir_utils import cache_dir
+        from torch.utils._ordered_set import OrderedSet
+
+        state_guard = torch._C._dynamo.guards.GlobalStateGuard
+
+        def build_guards(
+            code: CodeType,
+            scopes: tuple[dict[str, Any], dict[str, Any]],
+            guards: Iterable[tuple[Any, Callable[..., None]]],
+            settings: dict[str, Any],
+        ) -> Any:
+            """Return guards, of these sources and kinds, on what is in local and global scope."""
+            made = [Guard(source, create) for source, create in guards]
+            state = OutputGraphGuardsState(
+                *scopes,
+                torch_function_mode_stack=[],
+                dual_level=forward_ad._current_level,
+                functorch_layers=[],
+                current_device=torch.utils._device.CURRENT_DEVICE,
+                global_state_guard=state_guard(),
+                _guards=GuardsSet(OrderedSet(made)),
+                _aotautograd_guards=[],
+                skip_guards_check=True,
+                **settings,
+            )
+            return CheckFunctionManager(code, OutputGraphCommon(state)).guard_manager
+
+        forward_ad = torch.autograd.forward_ad
+        serialized = BundledAOTAutogradSerializableCallable
+        configs = (dynamo_config, functorch_config, inductor_config)
+        return SimpleNamespace(
+            build_guards=build_guards,
+            output_of_trace=lambda: InstructionTranslator.current_tx().output,
+            # What AOTAutograd returns can be dumped, with the backward, if it was compiled so.
+            to_be_dumped=lambda: functorch_config.patch(
+                bundled_autograd_cache=True, force_non_lazy_backward_lowering=True
+            ),
+            dump=lambda fn: serialized.serialize_compile_artifacts(serialized(fn)),
+            load=serialized.deserialize_compile_artifacts,
+            with_options=inductor_config.patch,
+            dump_code=SerializedCode.from_code_object,
+            load_code=SerializedCode.to_code_object,
+            # The C++ that was built, by keys; and where it is, in a folder that may be deleted.
+            libraries=CppPythonBindingsCodeCache.cache,
+            cache_dir=cache_dir,
+            function_modes=torch._C._len_torch_function_stack,
+            global_state=lambda: str(state_guard().__getstate__()),
+            settings=lambda: {
+                f"{config.__name__}.{name}": value
+                for config in configs
+                for name, value in config.save_config_portable().items()
+            },
+        )
+    except (ImportError, AttributeError) as error:
+        raise DynamoUnavailableError(str(error)) from error

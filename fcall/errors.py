@@ -53,6 +53,7 @@ __all__ = [
     "StrictKeysError",
     "TangentsError",
     "TiedValuesError",
+    "UncachedBackendError",
     "UnexpectedWeightsError",
     "UnknownMethodError",
     "UnknownPathError",
@@ -159,6 +160,16 @@ class LazyModuleError(FcallError, RuntimeError):
         "{} has lazy modules whose parameters are not made yet: {}. Called with values for them, "
         "they would turn into plain modules without parameters. Call the module once as it is, "
         "with an input of the right shape, and then functionally."
+    )
+
+
+class UncachedBackendError(FcallError, ValueError):
+    """``cache`` is given to ``fcall.compile`` with a backend that cannot be kept on disk."""
+
+    template = (
+        "fcall.compile keeps on disk what backend='inductor' compiles, without the options "
+        "'guard_filter_fn', 'size_asserts' and 'use_aoti'; it was given backend={0!r}. Leave out "
+        "cache, or these."
     )
 
 

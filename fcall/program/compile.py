@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fcall import _torch, routes
+from fcall import _torch, errors, routes
 from fcall.call import Weights, functional_call, merge, prepare, write_back
 from fcall.plan import binding_for
+from fcall.program.cache import Cache
 from fcall.program.fast import MISS, FastRoute, tensors_in
-from fcall.program.frames import Compile, Frame, Names, as_plain
+from fcall.program.frames import Compile, Frame, Names, Result, as_plain
 from fcall.program.inductor import OPTION, LeanInductor
+from fcall.program.record import Record
 from fcall.program.structure import Hooks, hooks_of, same_hooks
 
 __all__ = ["CompiledCall", "compile"]
@@ -31,7 +35,10 @@ class CompiledCall:
     *guarded*: through Dynamo, which compiles what is not compiled yet.
     """
 
-    def __init__(self, module: nn.Module, method: str, compile: Compile) -> None:
+    def __init__(
+        self, module: nn.Module, method: str, compile: Compile, cache: Cache | None = None
+    ) -> None:
+        self._cache = cache
         self.module = module
         self.method = method
         self._called = None if method == "forward" else method
@@ -92,19 +99,23 @@ class CompiledCall:
         own = {id(tensor) for tensor in (*self.module.parameters(), *self.module.buffers())}
         plain = tuple([as_plain(weight, own) for weight in weights])
         frame = self._frame_for(names, plain)
-        result = frame(plain, args, kwargs)
+        run: Callable[..., Result] = frame
+        if self._cache is not None:
+            run = partial(self._cache.call, frame)
+        result = run(plain, args, kwargs)
         if compilations := frame.compilations():
             self._add_route(
                 FastRoute(self.module, names, frame, compilations, weights, kept, inputs or ())
             )
         return self._finish(dicts, names, result)
 
-    def _finish(self, dicts: Weights, names: Names, result: tuple[Any, dict[str, Tensor]]) -> Any:
+    def _finish(self, dicts: Weights, names: Names, result: Result) -> Any:
         """Write back what the module reassigned, and return the output."""
         out, changed = result
         if changed:
+            by_slot = dict(changed)
             slots = enumerate(names.slot_of.values())
-            new = {number: changed[slot] for number, slot in slots if slot in changed}
+            new = {number: by_slot[slot] for number, slot in slots if slot in by_slot}
             write_back(dicts, list(names.slot_of), new)
         return out
 
@@ -122,7 +133,8 @@ class CompiledCall:
             for frame in self._frames:
                 if frame.is_for(self.module, names) and frame.accepts(*weights):
                     return frame
-            frame = Frame(self.module, self._called, names, weights, self._compile)
+            record = Record() if self._cache is not None else None
+            frame = Frame(self.module, self._called, names, weights, self._compile, record)
             self._frames = [frame, *self._frames[: KEPT - 1]]
             return frame
 
@@ -157,7 +169,7 @@ class _AsGiven:
 
         # Dynamo counts compilations, and gives up on too many, by code object.
         call.__code__ = call.__code__.replace()
-        return self._compile(call, None)
+        return self._compile(call, None, None)
 
 
 def _against_frames(inputs: list[Tensor] | None) -> str:
@@ -196,6 +208,7 @@ def compile(
     mode: str | None = None,
     dynamic: bool | None = None,
     options: dict[str, Any] | None = None,
+    cache: str | os.PathLike[str] | None = None,
 ) -> CompiledCall:
     """Compile ``module`` as a function of its parameters and buffers.
 
@@ -211,6 +224,9 @@ def compile(
         mode: As for :func:`torch.compile`.
         dynamic: As for :func:`torch.compile`.
         options: As for :func:`torch.compile`.
+        cache: A folder for what is compiled, so that another process need not: the first call of
+            a kind takes it from there, if it is for the same versions, module and code. Only for
+            Inductor. It holds native code, and is to be trusted like code.
 
     Returns:
         A callable ``f(parameter_and_buffer_dicts, *args, **kwargs)``.
@@ -229,7 +245,13 @@ def compile(
         >>> f({"weight": torch.ones(2, 3), "bias": torch.zeros(2)}, x)  # nothing is compiled
         tensor([[3., 3.]])
     """
-    return CompiledCall(module, method, _compiler(backend, mode, dynamic, options))
+    compiler = _compiler(backend, mode, dynamic, options)
+    kept = None
+    if cache is not None:
+        if backend != "inductor" or (options or {}).keys() & OF_INDUCTOR:
+            errors.fail(errors.UncachedBackendError, backend)
+        kept = Cache(cache, LeanInductor(mode, options or {}, dynamic))
+    return CompiledCall(module, method, compiler, kept)
 
 
 def _compiler(
@@ -242,10 +264,12 @@ def _compiler(
     settings = options or {}
 
     def compile(
-        fn: Callable[..., Any], keep_guards: Callable[..., Any] | None
+        fn: Callable[..., Any],
+        keep_guards: Callable[..., Any] | None,
+        record: Record | None,
     ) -> Callable[..., Any]:
         if backend == "inductor" and not settings.keys() & OF_INDUCTOR and keep_guards is not None:
-            lean: Callable[..., Any] = LeanInductor(mode, settings, dynamic)
+            lean: Callable[..., Any] = LeanInductor(mode, settings, dynamic, record)
             return _compile(fn, lean, None, dynamic, {"guard_filter_fn": keep_guards})
         if mode is not None or "guard_filter_fn" in settings or keep_guards is None:
             return _compile(fn, backend, mode, dynamic, options)  # all guards are kept

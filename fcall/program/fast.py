@@ -75,7 +75,6 @@ class FastRoute:
         self._input_count = len(inputs)
         calls = _torch.compiled_calls()
         self._is_plain, self._is_usual = calls.is_plain, calls.is_usual
-        self._undo_transforms = calls.undo_transforms
         self._tensors = calls.tensor_check([*weights, *kept], inputs)
         self._unchanged = Watch(module).unchanged
         self._scope = frame.scope
@@ -101,12 +100,7 @@ class FastRoute:
         scope = {**self._scope, "weights": weights, "args": args, "kwargs": kwargs}
         for compilation in self._compilations:
             if compilation.holds(scope):
-                try:
-                    return compilation.run(weights, args, kwargs)
-                except BaseException:
-                    # As torch.compile does: the code enters transforms without try and finally.
-                    self._undo_transforms(0)
-                    raise
+                return compilation(weights, args, kwargs)
         return MISS
 
 

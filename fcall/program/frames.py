@@ -26,12 +26,18 @@ from fcall import _torch
 from fcall.binding import Binding
 from fcall.call import functional_call
 from fcall.plan import binding_for, plan_for
+from fcall.program.record import Record
 from fcall.program.structure import hooks_of, same_hooks
 
 __all__ = ["Compilation", "Compile", "Frame", "Names", "as_plain"]
 
-Compile = Callable[[Callable[..., Any], Callable[..., Any] | None], Callable[..., Any]]
-"""Compiles a function, with a filter for Dynamo's guards on it, if any."""
+Compile = Callable[
+    [Callable[..., Any], Callable[..., Any] | None, Record | None], Callable[..., Any]
+]
+"""Compiles a function, with a filter for Dynamo's guards on it, and a record of it, if any."""
+
+Result = tuple[Any, tuple[tuple[str, Tensor], ...]]
+"""What a frame returns: the output, and what the module reassigned, by the names of the slots."""
 
 
 class Names:
@@ -69,12 +75,21 @@ class Frame:
         names: Names,
         weights: tuple[Tensor, ...],
         compile: Compile,
+        record: Record | None = None,
     ) -> None:
+        self.module, self.method, self.record = module, method, record
         self.slots, self.index = names.slots, names.index
         self.binding = binding_for(module, tuple(self.slots), tie_weights=True, strict=False)
         self.hooks = hooks_of(module)
         self.accepts = _torch.compiled_calls().tensor_check(weights, [])
         slots, index = tuple(self.slots), tuple(self.index)
+        from fcall.program.traced import Placement, substitute_op
+
+        placement = Placement(self.binding, self.slots, self.index)
+
+        @_torch.evaluated_while_tracing
+        def at_once() -> bool:
+            return placement.is_possible
 
         # A constant of the trace: no guards on hundreds of strings.
         @_torch.evaluated_while_tracing
@@ -83,7 +98,15 @@ class Frame:
 
         def call(
             weights: tuple[Tensor, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
-        ) -> tuple[Any, dict[str, Tensor]]:
+        ) -> Result:
+            if torch.compiler.is_dynamo_compiling() and at_once():
+                _torch.allow_rnns_in_this_trace()
+                _torch.give_zero_tangents_storage_in_this_trace()
+                target = module if method is None else getattr(module, method)
+                result: Result = substitute_op(
+                    placement, lambda: target(*args, **kwargs), module, weights
+                )
+                return result
             given = {}
             for name, number in numbered_slots():
                 given[name] = weights[number]
@@ -92,27 +115,28 @@ class Frame:
             for name, number in numbered_slots():
                 if given[name] is not weights[number]:
                     changed[name] = given[name]
-            return out, changed
+            return out, tuple(changed.items())
 
         # Dynamo keeps compilations, and gives up on too many, by code object.
         call.__code__ = call.__code__.replace()
         self._call = call
-        self._module = module
         cells = zip(call.__code__.co_freevars, call.__closure__ or ())
         self.scope = {name: cell.cell_contents for name, cell in cells}
         """What Dynamo's guards find in the frame besides its arguments."""
-        self._compiled = compile(call, self._keep_guards)
+        self.restored: list[Compilation] = []
+        """Compilations by other processes."""
+        self._compiled = compile(call, self._keep_guards, record)
         self._first_call = threading.RLock()
         self._was_called = False
 
     def __call__(
         self, weights: tuple[Tensor, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Any, dict[str, Tensor]]:
-        """Return the output, and the tensors that the module reassigned by the names of slots."""
+    ) -> Result:
+        """Return the output, and the slots' names and tensors that the module reassigned."""
         if self._was_called:
             return self._compiled(weights, args, kwargs)  # type: ignore[no-any-return]
         with self._first_call:  # or each thread that comes while Dynamo compiles does so, too
-            result: tuple[Any, dict[str, Tensor]] = self._compiled(weights, args, kwargs)
+            result: Result = self._compiled(weights, args, kwargs)
             self._was_called = True
             return result
 
@@ -127,18 +151,39 @@ class Frame:
         )
 
     def compilations(self) -> list[Compilation]:
-        """Return what Dynamo has compiled, the latest used first."""
+        """Return what Dynamo has compiled, the latest used first, and what others have."""
         entries = _torch.compiled_calls().entries_of(self._call.__code__)
-        return [
-            Compilation(guards, FunctionType(code, self._call.__globals__, "call", None, cells))
+        count = len(self._call.__code__.co_freevars)
+        compiled = [
+            Compilation(guards, self.function(code, self._call.__globals__))
             for guards, code in entries
-            if _is_one_graph(code)
-            and len(cells := self._call.__closure__ or ()) == len(code.co_freevars)
+            if _is_one_graph(code) and len(code.co_freevars) == count
         ]
+        return [*compiled, *self.restored]
+
+    @property
+    def code(self) -> CodeType:
+        """What Dynamo compiles."""
+        return self._call.__code__
+
+    @property
+    def globals(self) -> dict[str, Any]:
+        """The globals of what Dynamo compiles: those of this file."""
+        return self._call.__globals__
+
+    def function(self, code: CodeType, globals: dict[str, Any]) -> FunctionType:
+        """Return a function of what Dynamo compiled."""
+        return FunctionType(code, globals, "call", None, self._call.__closure__)
 
     def _keep_guards(self, entries: Sequence[Any]) -> list[bool]:
         """Tell which of Dynamo's guards are needed, though a caller has checked the weights."""
-        module = self._module
+        keep = self._needed(entries)
+        if self.record is not None:
+            self.record.keep_guards(e.orig_guard for e, kept in zip(entries, keep) if kept)
+        return keep
+
+    def _needed(self, entries: Sequence[Any]) -> list[bool]:
+        module = self.module
         registered = {id(tensor) for tensor in (*module.parameters(), *module.buffers())}
         plan = plan_for(module, tuple(self.slots), tie_weights=True, strict=False)
         substituted = {id(store.get(key, None)) for store, key in plan.entries}
@@ -176,12 +221,22 @@ def _is_in(source: str, variable: str) -> bool:
 class Compilation:
     """One compilation of a frame: Dynamo's guards, and the code to be run where they hold."""
 
-    __slots__ = ("_check", "_guards", "run")
+    __slots__ = ("_check", "_guards", "_undo_transforms", "run")
 
-    def __init__(self, guards: Any, run: Callable[..., Any]) -> None:
+    def __init__(self, guards: Any, run: FunctionType) -> None:
         self._guards = guards
         self._check = guards.root.check
+        self._undo_transforms = _torch.compiled_calls().undo_transforms
         self.run = run
+
+    def __call__(self, *inputs: Any) -> Any:
+        """Run the code."""
+        try:
+            return self.run(*inputs)
+        except BaseException:
+            # As torch.compile does: the code enters transforms without try and finally.
+            self._undo_transforms(0)
+            raise
 
     def holds(self, scope: dict[str, Any]) -> bool:
         """Whether the code is right for a frame with these variables."""

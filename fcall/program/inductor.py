@@ -8,6 +8,7 @@ from typing import Any
 from torch.fx import GraphModule
 
 from fcall import _torch
+from fcall.program.record import Record
 
 __all__ = ["LeanInductor"]
 
@@ -26,14 +27,29 @@ class LeanInductor:
     compiler_name = "inductor"
 
     def __init__(
-        self, mode: str | None, options: Mapping[str, Any] | None, dynamic: bool | None
+        self,
+        mode: str | None,
+        options: Mapping[str, Any] | None,
+        dynamic: bool | None,
+        record: Record | None = None,
     ) -> None:
+        self._record = record
+        self.settings = f"{mode} {sorted((options or {}).items())} {dynamic}"
+        """A text that tells these from others."""
         self._full = _torch.inductor(mode, options, dynamic)
         self._lean = _torch.inductor(mode, options, dynamic)
         self._lean.apply_options({OPTION: False})  # type: ignore[attr-defined]
 
     def __call__(self, graph: GraphModule, inputs: Any) -> Any:
-        return (self._lean if _is_all_of_torch(graph) else self._full)(graph, inputs)
+        inductor = self._lean if _is_all_of_torch(graph) else self._full
+        if self._record is not None:
+            return self._record.compile(inductor, graph, inputs)
+        return inductor(graph, inputs)
+
+    @property
+    def patches(self) -> dict[str, Any]:
+        """What differs from Inductor's own settings."""
+        return self._lean.config  # type: ignore[attr-defined, no-any-return]
 
     def reset(self) -> None:
         """Do what torch does for Inductor when it forgets all compilations."""
