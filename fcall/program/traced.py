@@ -128,7 +128,7 @@ class _Swap:
     def _owner_at(self, path: str) -> Any:
         if path not in self.owners:
             above, _, last = path.rpartition(".")
-            self.owners[path] = self._owner_at(above).var_getattr(self.tx, last).realize()
+            self.owners[path] = _attribute(self.tx, self._owner_at(above), last)
         return self.owners[path]
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -149,7 +149,7 @@ class _Store:
     """A dict of parameters or buffers, as Dynamo knows it."""
 
     def __init__(self, tx: Any, owner: Any, name: str) -> None:
-        self.variable = owner.var_getattr(tx, name).realize()
+        self.variable = _attribute(tx, owner, name)
         if not isinstance(self.variable, dynamo.ConstDictVariable):
             raise _ImpossibleError(f"{name} is no plain dict")
         self.items = self.variable.items
@@ -169,6 +169,11 @@ class _Store:
             id(key) in own or after[key].realize() is value.realize()
             for key, value in self.before.items()
         )
+
+
+def _attribute(tx: Any, owner: Any, name: str) -> Any:
+    arguments = [owner, _Variable.build(tx, name)]
+    return _Variable.build(tx, getattr).call_function(tx, arguments, {}).realize()
 
 
 dynamo.variable_classes[substitute_op.__name__] = _SubstituteVariable
