@@ -1,10 +1,16 @@
 """How long does it take to compile, and how does that grow with parameters and with calls?
 
-Nothing is taken from caches on disk, but for C++ that was built before.
+Nothing is taken from caches on disk, but for C++ that was built before; but for the last panels:
+first calls in processes of their own, without and with what an earlier one left on disk (torch's
+own caches, and the folder of ``fcall.compile``). Imports are not counted.
 """
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -19,6 +25,7 @@ from perf.models import CALLS, backend, mlp, random, weights_for, with_weights
 
 LAYERS = (6, 36, 144)
 CALLS_IN_GRAPH = (1, 5, 20)
+FROM_DISK = 144
 ROUNDS = 3
 
 
@@ -31,7 +38,49 @@ def main(quick: bool = False, peers: bool = False) -> dict[str, Any]:
         layers = 1 if quick else 6
         panel = f"{2 * layers} parameters; n: calls in one graph"
         rows += _rows(layers, calls, panel, calls, quick)
+    if not quick:
+        rows += _rows_of_processes(FROM_DISK, ROUNDS)
     return bench.record(__doc__, "n", rows, unit="s")
+
+
+def _rows_of_processes(layers: int, rounds: int) -> list[bench.Row]:
+    """Measure first calls in processes of their own: the first fills a folder, the second reads."""
+    taken: dict[str, dict[str, list[float]]] = {"cold": {}, "warm": {}}
+    for _ in range(rounds):
+        for name in ("module, compiled", "torch.func, compiled", "fcall.compile"):
+            with tempfile.TemporaryDirectory() as folder:
+                code = f"from perf import compile_time as c; c.in_process({name!r}, {layers})"
+                environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": folder}
+                for times in taken.values():
+                    run = [sys.executable, "-W", "ignore", "-c", code]
+                    out = subprocess.run(run, env=environment, stdout=subprocess.PIPE, check=True)
+                    times.setdefault(name, []).append(float(out.stdout.split()[-1]))
+    rows = []
+    for start, times in taken.items():
+        panel = f"{start} start of a process; n: parameters"
+        rows += bench.rows_of(times, panel=panel, n=2 * layers)
+    return rows
+
+
+def in_process(name: str, layers: int) -> None:
+    """Print the seconds that a first call takes in this process, with what is on disk."""
+    module, x = mlp(*[8] * (layers + 1)), random(4, 8)
+    weights = weights_for(module)
+    torch.set_num_threads(1)
+    makers: dict[str, Callable[[], Callable[..., Any]]] = {
+        "module, compiled": lambda: torch.compile(lambda weights, x: module(x)),
+        "torch.func, compiled": lambda: torch.compile(
+            lambda weights, x: CALLS["torch.func"](module, weights, (x,))
+        ),
+        "fcall.compile": lambda: fcall.compile(
+            module, cache=os.path.join(os.environ["TORCHINDUCTOR_CACHE_DIR"], "fcall")
+        ),
+    }
+    torch.compile(lambda x: x + 1)(x)  # imports the compiler, and asks what the CPU can do
+    with torch.no_grad():
+        start = time.perf_counter()
+        makers[name]()(weights, x)
+        print(time.perf_counter() - start)
 
 
 def _rows(layers: int, calls: int, panel: str, n: int, quick: bool) -> list[bench.Row]:
