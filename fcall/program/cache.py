@@ -173,10 +173,11 @@ def _packed(frame: Frame, variables: dict[str, Any], trace: Trace) -> bytes:
     if unknown:
         raise NotPortableError(f"its code uses {sorted(unknown)}")
     classes = {cls for owner in frame.module.modules() for cls in type(owner).__mro__}
+    traced = [code for code in trace.codes if code != frame.code]  # that is in the class
     header = {
         "environment": _environment(),
         "structure": _structure(frame),
-        "sources": digest_of_modules(modules_of(trace.codes, classes)),
+        "sources": digest_of_modules(modules_of(traced, classes | {Frame})),
     }
     recipe = {"guards": trace.guards, "settings": trace.settings, "imports": trace.imports}
     payload = {

@@ -13,6 +13,7 @@ the same are filtered out, which would cost more than all the rest of a call.
 from __future__ import annotations
 
 import dis
+import itertools
 import threading
 from collections.abc import Callable, Collection, Sequence
 from operator import itemgetter
@@ -35,6 +36,8 @@ Compile = Callable[
     [Callable[..., Any], Callable[..., Any] | None, Record | None], Callable[..., Any]
 ]
 """Compiles a function, with a filter for Dynamo's guards on it, and a record of it, if any."""
+
+_numbers = itertools.count()
 
 Result = tuple[Any, tuple[tuple[str, Tensor], ...]]
 """What a frame returns: the output, and what the module reassigned, by the names of the slots."""
@@ -117,8 +120,9 @@ class Frame:
                     changed[name] = given[name]
             return out, tuple(changed.items())
 
-        # Dynamo keeps compilations, and gives up on too many, by code object.
-        call.__code__ = call.__code__.replace()
+        # Dynamo keeps compilations, and gives up on too many, by code object; which sizes vary it
+        # remembers by the name of the code, and would take those of other modules for ours.
+        call.__code__ = call.__code__.replace(co_name=f"call_{next(_numbers)}")
         self._call = call
         cells = zip(call.__code__.co_freevars, call.__closure__ or ())
         self.scope = {name: cell.cell_contents for name, cell in cells}
