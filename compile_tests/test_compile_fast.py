@@ -191,3 +191,13 @@ def test_arguments_of_all_kinds() -> None:
                 assert_close(out["out"], expected["out"])
                 assert out["dtype"] is torch.float32
             assert route.kind == "fast"
+
+
+def test_sizes_of_one_module_do_not_vary_those_of_another() -> None:
+    backend, graphs = recording()
+    for width in (3, 5):
+        module = nn.Linear(width, 2)
+        fcall.compile(module, backend=backend)(state_of(module), torch.rand(4, width))
+    for graph in graphs:
+        inputs = graph.graph.find_nodes(op="placeholder")
+        assert len(inputs) == 3  # and none that is a size
