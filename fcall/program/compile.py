@@ -176,6 +176,7 @@ def _against_frames(inputs: list[Tensor] | None) -> str:
     """Return why a call has to be compiled as it is given, or an empty string."""
     try:
         calls = _torch.compiled_calls()
+        _torch.dynamo()
     except _torch.DynamoUnavailableError as error:
         return f"torch {torch.__version__} lacks what fast calls need: {error}"
     if not calls.is_plain():
