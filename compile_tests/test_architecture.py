@@ -24,7 +24,7 @@ FILES = {
 """The path of each module of fcall, by its full name."""
 
 FLOORS = [
-    {"_torch", "routes", "scoped", "version"},
+    {"_torch", "identity", "routes", "scoped", "version"},
     {"errors", "deprecation", "batch_norm"},
     {"binding", "meta", "refused", "rnn"},
     {"mismatch"},

@@ -12,6 +12,7 @@ traces :func:`bind` itself, which is why it is simple code.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -78,6 +79,8 @@ class Binding(NamedTuple):
     rnns: list[str]
     """Paths of submodules that keep a second list of their weights."""
 
+
+_is_meta = attrgetter("is_meta")
 
 TENSORS = {torch.Tensor, nn.Parameter}
 """The classes of nearly all values."""
@@ -276,15 +279,20 @@ def check_values(
     same: Iterable[Sequence[str]],
     *,
     tie_weights: bool,
-) -> None:
+) -> list[str]:
     """Check that the values are tensors, and the same where slots need one value.
+
+    Returns:
+        The names of those on meta.
 
     Raises:
         NotATensorError: a value is not a tensor.
         SharedSlotError: two paths to one submodule have different values, ``tie_weights=False``.
         TiedValuesError: tied names have different values.
     """
-    if not TENSORS.issuperset(map(type, given.values())):
+    values = given.values()
+    of_torch = TENSORS.issuperset(map(type, values))
+    if not of_torch:
         for name, value in given.items():
             if not is_tensor_like(value):
                 errors.fail(errors.NotATensorError, name, type(value).__name__)
@@ -293,6 +301,15 @@ def check_values(
         if any(given[name] is not first for name in group):
             error = errors.TiedValuesError if tie_weights else errors.SharedSlotError
             errors.fail(error, sorted(group), type(module).__name__)
+    if (
+        of_torch
+        and not torch.compiler.is_dynamo_compiling()
+        and not any(map(_is_meta, values))  # no bytecode a value
+    ):
+        return []
+    # As a device, which leaves nothing in a traced graph.
+    tensors = [(name, value) for name, value in given.items() if isinstance(value, torch.Tensor)]
+    return [name for name, value in tensors if value.device.type == "meta"]
 
 
 def first_of_ties(given: Mapping[str, Any], binding: Binding) -> dict[str, Any]:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from fcall import _torch, binding, eager, errors, operator, plan, routes, scoped, substitution
-from fcall.binding import TENSORS, check_values
+from fcall.binding import check_values
 from fcall.mismatch import explain_mismatched_shapes
-from fcall.plan import plan_for
+from fcall.plan import find
 from fcall.refused import refused_write
 from fcall.rnn import needs_plain_rnns, with_plain_rnns
 from fcall.substitution import Substituted, Substitution, substitution_of
@@ -131,10 +131,12 @@ def _call(
     strict: bool,
     method: str | None,
 ) -> Any:
-    names, values, substitution = prepare(
+    tracing = torch.compiler.is_dynamo_compiling()
+    alone = not tracing and eager.is_alone()  # before the module is looked at
+    names, values, substitution, originals = prepare(
         module, dicts, (args, kwargs), tie_weights=tie_weights, strict=strict, method=method
     )
-    if torch.compiler.is_dynamo_compiling() or (operator.is_recorded() and not _inlines.get()):
+    if tracing or (operator.is_recorded() and not _inlines.get()):
         out, changed = operator.call(module, method, substitution, names, values, args, kwargs)
         write_back(dicts, names, changed)
         return out
@@ -142,7 +144,7 @@ def _call(
     target = module if method is None else getattr(module, method)
     if substitution.rnns and needs_plain_rnns(substitution.rnns, (*values, *args)):
         target = with_plain_rnns(target)
-    swap = _context(substitution, values)
+    swap = _context(substitution, values, alone, originals)
     try:
         with swap:
             return target(*args, **kwargs)
@@ -155,15 +157,19 @@ def _call(
         raise
     finally:
         swap.close()  # an interrupt may have come before the context could
-        write_back(dicts, names, swap.changed)
+        if swap.changed:
+            write_back(dicts, names, swap.changed)
 
 
 def _context(
-    substitution: Substitution, values: Sequence[Any], *, is_block: bool = False
+    substitution: Substitution,
+    values: tuple[Any, ...],
+    alone: bool,
+    originals: Sequence[Any] | None = None,
 ) -> eager.Swap | Substituted:
     if torch.compiler.is_dynamo_compiling():
         return Substituted(substitution, values)
-    return eager.Swap(substitution, values, is_block=is_block)
+    return eager.Swap(substitution, values, alone=alone, originals=originals)
 
 
 def prepare(
@@ -174,8 +180,11 @@ def prepare(
     tie_weights: bool,
     strict: bool,
     method: str | None = None,
-) -> tuple[tuple[str, ...], tuple[Any, ...], Substitution]:
-    """Check what is given, and return the names, their values, and where these go."""
+) -> tuple[tuple[str, ...], tuple[Any, ...], Substitution, Sequence[Any] | None]:
+    """Check what is given, and return the names, their values, and where these go.
+
+    And what stands there now, where that is known.
+    """
     tracing = torch.compiler.is_dynamo_compiling()
     if tracing:
         _torch.allow_rnns_in_this_trace()
@@ -184,29 +193,33 @@ def prepare(
     refuse_transforms_in_export(type(module).__name__)
     given = merge(dicts)
     names, values = tuple(given), tuple(given.values())
+    originals: Sequence[Any] | None = None
     if tracing:
         bound, on_meta = operator.bind(module, names, tie_weights, strict)
         found = substitution_of(module, bound)
     else:
-        found = plan_for(module, names, tie_weights=tie_weights, strict=strict)
-        on_meta = [name for name, (store, key) in found.kept if store.get(key, None).is_meta]
-    check_values(module, given, found.same, tie_weights=tie_weights)
-    given_on_meta = _names_on_meta(given)
+        found, originals, kept = find(module, names, tie_weights=tie_weights, strict=strict)
+        on_meta = []
+        if any(map(_is_meta, kept)):
+            on_meta = [name for (name, _), own in zip(found.kept_places, kept) if own.is_meta]
+    given_on_meta = check_values(module, given, found.same, tie_weights=tie_weights)
     if on_meta or given_on_meta:
         _refuse_meta(module, on_meta, given_on_meta, (values, inputs))
-    return names, values, found
+    return names, values, found, originals
 
 
 def swap_for_block(
     module: nn.Module, dicts: Weights, *, tie_weights: bool, strict: bool
 ) -> tuple[tuple[str, ...], eager.Swap | Substituted]:
     """Return the names given, and the context in which their values stand in ``module``."""
-    names, values, substitution = prepare(module, dicts, (), tie_weights=tie_weights, strict=strict)
+    names, values, substitution, _ = prepare(
+        module, dicts, (), tie_weights=tie_weights, strict=strict
+    )
     if torch.compiler.is_dynamo_compiling():
         operator.record_inlined(type(module).__name__, "a block of calls is no single call")
     else:
         routes.record(type(module).__name__, routes.EAGER)
-    return names, _context(substitution, values, is_block=True)
+    return names, _context(substitution, values, False)
 
 
 def merge(dicts: Weights) -> dict[str, Any]:
@@ -239,6 +252,13 @@ def write_back(dicts: Weights, names: Sequence[str], changed: Mapping[int, Any])
 
 def refuse_unsupported(module: nn.Module, method: str | None) -> None:
     """Refuse what is no module, or whose state is out of Python's reach."""
+    if (
+        isinstance(module, nn.Module)
+        and not isinstance(module, (torch.jit.ScriptModule, nn.DataParallel))
+        and not torch.jit.is_tracing()
+        and (method is None or callable(getattr(module, method, None)))
+    ):
+        return
     name = type(module).__name__
     if isinstance(module, (torch.jit.ScriptModule, torch.jit.ScriptFunction)):
         advice = "Its tensors are out of Python's reach: call the module it was scripted from."
@@ -251,8 +271,7 @@ def refuse_unsupported(module: nn.Module, method: str | None) -> None:
         errors.fail(errors.UnsupportedModuleError, f"the nn.DataParallel module {name}", advice)
     if not isinstance(module, nn.Module):
         errors.fail(errors.NotAModuleError, name)
-    if method is not None and not callable(getattr(module, method, None)):
-        errors.fail(errors.UnknownMethodError, name, method, dir(type(module)))
+    errors.fail(errors.UnknownMethodError, name, method, dir(type(module)))
 
 
 def refuse_transforms_in_export(title: str) -> None:
@@ -261,19 +280,6 @@ def refuse_transforms_in_export(title: str) -> None:
         strict = torch.compiler.is_dynamo_compiling()
         if _torch.in_functorch_transform() if strict else _torch.in_gradient_transform():
             errors.fail(errors.ExportedTransformError, title)
-
-
-def _names_on_meta(given: Mapping[str, Any]) -> list[str]:
-    values = given.values()
-    if (
-        not torch.compiler.is_dynamo_compiling()
-        and TENSORS.issuperset(map(type, values))
-        and not any(map(_is_meta, values))  # no bytecode a value
-    ):
-        return []
-    # As a device, which leaves nothing in a traced graph.
-    tensors = [(name, value) for name, value in given.items() if isinstance(value, torch.Tensor)]
-    return [name for name, value in tensors if value.device.type == "meta"]
 
 
 def _refuse_meta(module: nn.Module, own: list[str], values: list[str], given: Any) -> None:
@@ -295,14 +301,6 @@ _torch.start_no_graphs_in(
     routes,
     scoped,
     substitution,
-    *(
-        _call,
-        _context,
-        _names_on_meta,
-        merge,
-        prepare,
-        refuse_transforms_in_export,
-        refuse_unsupported,
-        write_back,
-    ),
+    *(_call, _context, merge, prepare),
+    *(refuse_transforms_in_export, refuse_unsupported, write_back),
 )

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
 from typing import Any
 
@@ -63,13 +63,16 @@ class Scope:
             self.layers.clear()
             self.cache = (None, {})
             _opened.discard(id(self))
-            _open.set(tuple(scope for scope in _open.get() if scope is not self))
-            while self._dicts:
-                owner, name, scoped = self._dicts[-1]
-                scoped.scopes.discard(id(self))
-                if not scoped.scopes and owner.__dict__.get(name) is scoped:
-                    owner.__dict__[name] = scoped.own
-                self._dicts.pop()
+            _open.set(tuple([scope for scope in _open.get() if scope is not self]))
+            number, dicts = id(self), self._dicts
+            while dicts:
+                owner, name, scoped = dicts[-1]
+                scoped.scopes.discard(number)
+                if not scoped.scopes:
+                    entries = owner.__dict__
+                    if entries.get(name) is scoped:
+                        entries[name] = scoped.own
+                dicts.pop()
             while self._attributes:
                 attribute = self._attributes[-1]
                 attribute.scopes.discard(id(self))
@@ -89,14 +92,23 @@ class Scope:
 
     def layer_of_dict(self, owner: nn.Module, name: str) -> dict[str, Any]:
         """Return a dict whose entries stand, in this scope, in ``owner.__dict__[name]``."""
+        return self.layers_of_dicts([(owner, name)])[0]
+
+    def layers_of_dicts(self, places: Iterable[tuple[nn.Module, str]]) -> list[dict[str, Any]]:
+        """Do as :meth:`layer_of_dict` for many owners and names."""
+        number, layers, found = id(self), self.layers, []
         with _lock:
-            scoped = owner.__dict__[name]
-            if type(scoped) is not ScopedDict:
-                scoped = ScopedDict(scoped)
-            self._dicts.append((owner, name, scoped))  # first, for a close after an interrupt
-            scoped.scopes.add(id(self))
-            owner.__dict__[name] = scoped
-            return self.layers.setdefault(id(scoped), {})
+            for owner, name in places:
+                entries = owner.__dict__
+                scoped = entries[name]
+                if type(scoped) is not ScopedDict:
+                    own, scoped = scoped, ScopedDict(scoped)
+                    scoped.own, scoped.scopes = own, set()
+                self._dicts.append((owner, name, scoped))  # first, for a close after an interrupt
+                scoped.scopes.add(number)
+                entries[name] = scoped
+                found.append(layers.setdefault(id(scoped), {}))
+        return found
 
     def layer_of_attributes(self, owner: nn.Module, kind: type, *names: str) -> dict[str, Any]:
         """Return a dict whose entries are, in this scope, attributes of ``owner``.
@@ -143,30 +155,34 @@ class ScopedDict(dict[str, Any]):
     """
 
     __slots__ = ("own", "scopes")
+    own: dict[str, Any]
+    """The module's own dict."""
+    scopes: set[int]
+    """The ids of the open scopes that have a layer."""
 
-    def __init__(self, own: dict[str, Any]) -> None:
-        super().__init__(own)
-        self.own = own
-        self.scopes: set[int] = set()
-        """The ids of the open scopes that have a layer."""
+    # What reads a parameter calls the next two, so that they look at the innermost scope at once.
 
     def __getitem__(self, key: str) -> Any:
-        layer = _layer(self, key)
-        if layer is None:
-            return self.own[key]
-        value = layer.get(key, ABSENT)
+        try:
+            value = _open.get()[-1].layers[id(self)][key]
+        except (IndexError, KeyError):
+            layer = _layer(self, key)
+            value = (self.own if layer is None else layer).get(key, ABSENT)
         if value is ABSENT:
             raise KeyError(key)
         return value
+
+    def __contains__(self, key: object) -> bool:
+        try:
+            return _open.get()[-1].layers[id(self)][key] is not ABSENT  # type: ignore[index]
+        except (IndexError, KeyError):
+            layer = _layer(self, key)  # type: ignore[arg-type]
+            return key in self.own if layer is None else layer.get(key) is not ABSENT  # type: ignore[call-overload]
 
     def get(self, key: str, default: Any = None) -> Any:
         layer = _layer(self, key)
         value = (self.own if layer is None else layer).get(key, ABSENT)
         return default if value is ABSENT else value
-
-    def __contains__(self, key: object) -> bool:
-        layer = _layer(self, key)  # type: ignore[arg-type]
-        return key in self.own if layer is None else layer.get(key) is not ABSENT  # type: ignore[call-overload]
 
     def __setitem__(self, key: str, value: Any) -> None:
         layer = _layer(self, key)

@@ -55,14 +55,15 @@ class Substitution(NamedTuple):
 
     owners: Sequence[nn.Module]
     """The submodules, by their numbers."""
-    places: Sequence[Place]
-    """Where values go, each once."""
     stores: Sequence[Store]
     """The stores of the places."""
+    places: Sequence[Place]
+    """Where values go, each once."""
     keys: Sequence[str]
     """The keys of the places."""
     sources: Sequence[int]
-    """For each place the number of the given value that goes there."""
+    """For each place the number of the given value that goes there; a ``range`` if each value goes
+    to one place, in the order of the places."""
     homes: Sequence[int]
     """For each given value the position of the place that holds its successor after the call."""
     same: Sequence[Sequence[str]]
@@ -77,6 +78,17 @@ class Substitution(NamedTuple):
     """The keys of all of these, one dict after the other."""
     counts: Sequence[int] = ()
     """How many are of each."""
+    groups: Sequence[tuple[int, str]] = ()
+    """For each of ``dicts`` the number of its owner, and its kind."""
+    group_of_each: Sequence[int] = ()
+    """For each place the position of its dict in ``dicts``; nothing if a store is no dict that its
+    owner keeps."""
+
+    def spread(self, values: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Return for each place the one of the given ``values`` that goes there."""
+        if isinstance(self.sources, range):
+            return values
+        return tuple(map(values.__getitem__, self.sources))
 
     @property
     def entries(self) -> list[Entry]:

@@ -27,7 +27,7 @@ class Beside:
     def __init__(self, substitution: Substitution) -> None:
         self.substitution = substitution
         self._scope: Scope | None = None
-        self._taken: list[Any] = []
+        self._taken: tuple[Any, ...] = ()
         self._written = False
         self._stores: list[Store] = []
         self._exposed: list[tuple[Store, str, Any]] = []
@@ -35,10 +35,31 @@ class Beside:
     def put_in(self, values: Sequence[Any]) -> None:
         """Have a value, or ``ABSENT``, stand in each place."""
         to = self.substitution
-        self._taken, self._stores, self._exposed = [], [], []
+        self._taken, self._stores, self._exposed = (), [], []
         self._written = False
         self._scope = scope = Scope()
         teach_dynamo()
+        if to.group_of_each:
+            places = [(to.owners[number], store) for number, store in to.groups]
+            layers = scope.layers_of_dicts(places)
+            self._stores = [*map(layers.__getitem__, to.group_of_each)]
+        else:
+            self._find_stores(scope)
+        write(self._stores, to.keys, values)
+        self._written = True
+        for rnn in to.rnns:
+            names = "_flat_weights", "_flat_weight_refs"
+            seen = [list(getattr(rnn, name)) for name in names]
+            scope.layer_of_attributes(rnn, nn.RNNBase, *names).update(zip(names, seen))
+        self._leave_compiled_code(scope)
+        cache = _torch.parametrization_cache(if_unused=True)  # or it is used in a block
+        if cache is not None and not isinstance(cache, ScopedCache):
+            _torch.set_parametrization_cache(ScopedCache(cache))
+        scope.open()
+
+    def _find_stores(self, scope: Scope) -> None:
+        """Note where each value is to be written, and which of them everybody will see."""
+        to = self.substitution
         layers: dict[tuple[int, str], Store | None] = {}
         for (number, store, key), own in zip(to.places, to.stores):
             kind = (number, f"{store}.{key}" if store == ATTRIBUTE else store)
@@ -51,17 +72,6 @@ class Beside:
             for own, store, key in zip(to.stores, self._stores, to.keys)
             if own is store
         ]
-        write(self._stores, to.keys, values)
-        self._written = True
-        for rnn in to.rnns:
-            names = "_flat_weights", "_flat_weight_refs"
-            seen = [list(getattr(rnn, name)) for name in names]
-            scope.layer_of_attributes(rnn, nn.RNNBase, *names).update(zip(names, seen))
-        self._leave_compiled_code(scope)
-        cache = _torch.parametrization_cache(if_unused=True)  # or it is used in a block
-        if cache is not None and not isinstance(cache, ScopedCache):
-            _torch.set_parametrization_cache(ScopedCache(cache))
-        scope.open()
 
     def _leave_compiled_code(self, scope: Scope) -> None:
         """Have the compiled submodules in which values stand run uncompiled: see ``traced.py``."""
@@ -76,11 +86,11 @@ class Beside:
                 layer = scope.layer_of_attributes(module, type(module), *attributes)
                 layer.update(attributes)
 
-    def values_now(self) -> list[Any]:
+    def values_now(self) -> tuple[Any, ...]:
         """Return for each place what stands there, ``ABSENT`` for nothing."""
         return read(self._stores, self.substitution.keys)
 
-    def take_out(self) -> list[Any]:
+    def take_out(self) -> tuple[Any, ...]:
         """Give the module back its own, and return for each place what stood there.
 
         If it is interrupted, it can be called again, and does what is left to do.
@@ -102,7 +112,7 @@ class Beside:
 
     def forget(self) -> None:
         """Keep no tensor alive."""
-        self._taken, self._exposed = [], []
+        self._taken, self._exposed = (), []
 
     def hide(self) -> Callable[[], None]:
         """Leave the scope for a while, in this thread or task, and return how to enter it again."""

@@ -19,12 +19,12 @@ from fcall.substitution import Store, Substitution, put_back_rnn_lists, rnn_list
 __all__ = ["Direct", "delete_absent", "read", "write"]
 
 
-def read(stores: Sequence[Store], keys: Sequence[str]) -> list[Any]:
+def read(stores: Sequence[Store], keys: Sequence[str]) -> tuple[Any, ...]:
     """Return what stands in each store under its key, ``ABSENT`` for nothing."""
     try:
-        return [*map(getitem, stores, keys)]  # no bytecode a value
+        return tuple(map(getitem, stores, keys))  # no bytecode a value
     except KeyError:
-        return [store.get(key, ABSENT) for store, key in zip(stores, keys)]
+        return tuple([store.get(key, ABSENT) for store, key in zip(stores, keys)])
 
 
 def write(stores: Iterable[Store], keys: Iterable[str], values: Iterable[Any]) -> None:
@@ -33,12 +33,32 @@ def write(stores: Iterable[Store], keys: Iterable[str], values: Iterable[Any]) -
 
 
 class Direct:
-    """Values in the place of the module's own, until they are taken out."""
+    """Values in the place of the module's own, until they are taken out.
 
-    def __init__(self, substitution: Substitution) -> None:
+    Args:
+        substitution: Where they go.
+        originals: The module's own tensors in each place, if they are known to stand there when
+            values are first put in.
+    """
+
+    __slots__ = (
+        "_cache",
+        "_gaps",
+        "_in_order",
+        "_known",
+        "_lists",
+        "_originals",
+        "_taken",
+        "_thread",
+        "_written",
+        "substitution",
+    )
+
+    def __init__(self, substitution: Substitution, originals: Sequence[Any] | None = None) -> None:
         self.substitution = substitution
-        self._originals: list[Any] | None = None
-        self._taken: list[Any] = []
+        self._known = originals
+        self._originals: Sequence[Any] | None = None
+        self._taken: tuple[Any, ...] = ()
         self._written = False
         self._in_order: list[tuple[dict[str, Any], dict[str, Any]]] = []
         self._thread = get_ident()
@@ -49,29 +69,31 @@ class Direct:
         return self._thread != get_ident()
 
     @property
-    def originals(self) -> list[Any]:
+    def originals(self) -> Sequence[Any]:
         """The module's own tensors in each place."""
         return self._originals or []
 
     def put_in(self, values: Sequence[Any]) -> None:
         """Write a value, or ``ABSENT``, for each place."""
-        to = self.substitution
-        self._taken, self._written = [], False
+        to, originals = self.substitution, self._known
+        self._taken, self._written = (), False
         self._cache = _torch.parametrization_cache()
-        self._lists = rnn_lists(to.rnns)
-        self._originals = read(to.stores, to.keys)
+        self._lists = rnn_lists(to.rnns) if to.rnns else None
+        self._gaps = originals is None  # what is known has none, nor has what is given first
+        self._known = None
+        self._originals = read(to.stores, to.keys) if originals is None else originals
         if self._cache is not None:
             _torch.set_parametrization_cache({})
         write(to.stores, to.keys, values)
         self._written = True
-        if any(map(is_, values, repeat(ABSENT))):
+        if self._gaps:
             delete_absent(to.stores, to.keys, values)
 
-    def values_now(self) -> list[Any]:
+    def values_now(self) -> tuple[Any, ...]:
         """Return for each place what stands there, ``ABSENT`` for nothing."""
         return read(self.substitution.stores, self.substitution.keys)
 
-    def take_out(self) -> list[Any]:
+    def take_out(self) -> tuple[Any, ...]:
         """Give the module its own back, and return for each place what stood there.
 
         If it is interrupted, it can be called again, and does what is left to do.
@@ -82,7 +104,7 @@ class Direct:
         if self._written:
             self._taken, self._written = self.values_now(), False
         write(to.stores, to.keys, originals)
-        if any(map(is_, originals, repeat(ABSENT))):
+        if self._gaps:
             delete_absent(to.stores, to.keys, originals)
         if self._lists:
             put_back_rnn_lists(self._lists)
@@ -111,11 +133,12 @@ class Direct:
 
     def forget(self) -> None:
         """Keep no tensor alive."""
-        self._taken = []
+        self._taken, self._known = (), None
 
 
 def delete_absent(stores: Sequence[Store], keys: Sequence[str], values: Sequence[Any]) -> None:
     """Delete what was written for ``ABSENT`` among ``values``."""
-    for store, key, value in zip(stores, keys, values):
-        if value is ABSENT and store.get(key, None) is ABSENT:
-            del store[key]
+    if any(map(is_, values, repeat(ABSENT))):
+        for store, key, value in zip(stores, keys, values):
+            if value is ABSENT and store.get(key, None) is ABSENT:
+                del store[key]

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils.checkpoint import CheckpointFunction
 
 from fcall import _torch, errors
-from fcall.eager.swap import Swap, active, is_ours, ours
+from fcall.eager.swap import Swap, active, is_alone, is_ours, ours
 from fcall.substitution import Substitution
 
 __all__ = ["State", "SubstitutedCheckpoint", "follow_checkpoints", "only", "state_now"]
@@ -48,8 +48,8 @@ def only(state: State) -> Iterator[None]:
         for swap in reversed(active()):
             stack.callback(swap.suspend())
         for substitution, values in state:
-            swap = Swap(substitution._replace(homes=[]), ())
-            swap.given = values
+            swap = Swap(substitution._replace(homes=[]), (), alone=is_alone())
+            swap.given = tuple(values)
             swap.put_in(values)
             stack.push(swap)
         yield

@@ -7,15 +7,15 @@ import functools
 import threading
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
-from operator import is_not
 from typing import Any
 
 from fcall import scoped
 from fcall.eager.beside import Beside
 from fcall.eager.direct import Direct
+from fcall.identity import identities
 from fcall.substitution import Substitution, reassigned
 
-__all__ = ["Swap", "active", "is_ours", "ours"]
+__all__ = ["Swap", "active", "is_alone", "is_ours", "ours"]
 
 
 _active: ContextVar[tuple[Swap, ...]] = ContextVar("fcall_active", default=())
@@ -38,6 +38,11 @@ def others_may_look() -> bool:
     others = [type(thread) for thread in threading.enumerate() if thread is not me]
     known = {(kind.__module__, kind.__name__) for kind in others} <= BYSTANDERS
     return not known or len(others) != count  # the main thread does not count
+
+
+def is_alone() -> bool:
+    """Whether this thread alone can look at modules, until it starts another one."""
+    return not scoped.count() and not others_may_look()
 
 
 def active() -> list[Swap]:
@@ -63,8 +68,10 @@ class Swap:
     Args:
         substitution: Where the values go.
         values: The given values.
-        is_block: Whether the context is a block of the user's. Blocks may be left in another order
-            than they were entered, by generators or tasks that take turns; a call may not.
+        alone: Whether the values may be written into the module itself: what :func:`is_alone` said
+            before the module was looked at. Never for a block of the user's: blocks may be left in
+            another order than they were entered, by generators or tasks that take turns.
+        originals: The module's own tensors in each place, where they are known.
     """
 
     __slots__ = (
@@ -79,23 +86,27 @@ class Swap:
     )
 
     def __init__(
-        self, substitution: Substitution, values: Sequence[Any], *, is_block: bool = False
+        self,
+        substitution: Substitution,
+        values: tuple[Any, ...],
+        *,
+        alone: bool,
+        originals: Sequence[Any] | None = None,
     ) -> None:
         self.substitution = substitution
         self.values = values
         self.changed: dict[int, Any] = {}
         """What the module reassigned, by the numbers of the values; known when the context ends."""
-        self.given: Sequence[Any] = ()
+        self.given: tuple[Any, ...] = ()
         """For each place the value that was written first."""
         self.at_end: list[Callable[[], None]] = []
         """What is to be done when the context ends, before values are taken out."""
         self.in_force = False
         self.is_over = False
-        beside = is_block or scoped.count() or others_may_look()
-        self._place = (Beside if beside else Direct)(substitution)
+        self._place = Direct(substitution, originals) if alone else Beside(substitution)
 
     def __enter__(self) -> Swap:
-        self.given = [*map(self.values.__getitem__, self.substitution.sources)]
+        self.given = self.substitution.spread(self.values)
         self.put_in(self.given)
         return self
 
@@ -111,7 +122,7 @@ class Swap:
                 self.at_end.pop(0)()
         finally:
             after = self.take_out()  # the same again if it is called again
-            if any(map(is_not, after, self.given)):
+            if identities(after) != identities(self.given):
                 self.changed = reassigned(self.substitution, self.values, after)
             self.is_over = True
             # A context that was taken along may keep this.
@@ -122,7 +133,7 @@ class Swap:
         """Return for each place what stands there, ``ABSENT`` for nothing. Not to be mutated."""
         now = self._place.values_now()
         # Many may be kept, one for each checkpoint.
-        return now if any(map(is_not, now, self.given)) else self.given
+        return self.given if identities(now) == identities(self.given) else now
 
     def put_in(self, values: Sequence[Any]) -> None:
         """Have for each place a value, or ``ABSENT``, stand there."""
@@ -134,14 +145,14 @@ class Swap:
             self.take_out()
             raise
 
-    def take_out(self) -> list[Any]:
+    def take_out(self) -> tuple[Any, ...]:
         """Give the module back its own, and return for each place what stood there."""
         try:
             return self._place.take_out()
         finally:
             if self.in_force:
                 self.in_force = False
-                _active.set(tuple(swap for swap in _active.get() if swap is not self))
+                _active.set(tuple([swap for swap in _active.get() if swap is not self]))
 
     def suspend(self) -> Callable[[], None]:
         """Take it out of force for this thread or task, and return how to undo that."""

@@ -81,7 +81,7 @@ class CompiledCall:
         inputs = tensors_in(args, kwargs)
         reason = _against_frames(inputs)
         if not reason:
-            _, _, substitution = prepare(
+            _, _, substitution, _ = prepare(
                 self.module,
                 dicts,
                 (args, kwargs),
