@@ -24,14 +24,6 @@ def linears(count: int) -> nn.Module:
     return nn.Sequential(*[nn.Linear(2, 2) for _ in range(count)]).to(DEVICE)
 
 
-def nested(count: int, depth: int) -> nn.Module:
-    """The same number of layers, the innermost ``depth`` containers down."""
-    module = linears(count)
-    for _ in range(depth - 1):
-        module = nn.Sequential(module)
-    return module
-
-
 def mlp(*widths: int) -> nn.Sequential:
     """Linear layers of these widths, tanh in between."""
     layers: list[nn.Module] = []
