@@ -376,7 +376,20 @@ def trace_as_plain_dict(
         from torch._dynamo.exc import Unsupported
         from torch._dynamo.variables.builder import VariableBuilder
 
-        guard = lambda_guard(is_plain, problem)
+        def guard(builder: Any, guard: Any) -> None:
+            # At the root, since where keys are guarded a dict's own manager takes no such guards.
+            name = guard.name if isinstance(guard.name, str) else guard.name()
+            code = compile(name, "<guard>", "eval")
+            scope = {key: value for key, value in builder.scope.items() if key != "L"}
+
+            def check(f_locals: Any) -> bool:
+                try:
+                    return is_plain(eval(code, {**scope, "L": f_locals}))  # noqa: S307
+                except Exception:  # noqa: BLE001, the module is built otherwise
+                    return False
+
+            root = builder.guard_manager.root
+            root.add_lambda_guard(check, [f"fcall: {problem}"], guard.user_stack)
 
         def build(builder: Any, value: Any) -> Any:
             if not is_plain(value):
