@@ -142,7 +142,7 @@ def _is_private(name: str) -> bool:
     return underscored or any(f"{name}.".startswith(f"{module}.") for module in PRIVATE)
 
 
-@pytest.mark.parametrize("name", [name for name in FILES if name != "fcall._torch"])
+@pytest.mark.parametrize("name", [name for name in FILES if unit_of(name) != "_torch"])
 def test_only_one_file_uses_torchs_private_modules(name: str) -> None:
     assert private_names(tree_of(name)) == []
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from fcall import errors
+from fcall.errors import base
 
 
 class Case(NamedTuple):
@@ -292,6 +293,142 @@ CASES = [
             "Stack models that differ in nothing but the values of their parameters and buffers.",
         ],
     ),
+    Case(
+        "MissingWeightsError",
+        KeyError,
+        ("MLP", ["l1.bias", "l2.bias"]),
+        [
+            "the graph of MLP takes values for ['l1.bias', 'l2.bias'], which were not given. ",
+            "Pass them by name, ",
+            "as in {**dict(module.named_parameters()), **dict(module.named_buffers())}.",
+        ],
+    ),
+    Case(
+        "UnexpectedWeightsError",
+        KeyError,
+        ("MLP", ["zz", "l1.wieght"], ["l1.weight", "l1.bias"]),
+        [
+            "the graph of MLP has no inputs named 'l1.wieght' (did you mean 'l1.weight'?), 'zz'. ",
+            "It has: ['l1.bias', 'l1.weight'].",
+        ],
+    ),
+    Case(
+        "ProgramInputsError",
+        ValueError,
+        ("MLP", ["x: expected 1", "y: expected 2"]),
+        [
+            "the graph of MLP is for other inputs than it was given:",
+            "\n\tx: expected 1",
+            "\n\ty: expected 2",
+        ],
+    ),
+    Case(
+        "ProgramStructureError",
+        ValueError,
+        ("MLP", "*, k=*", "*"),
+        [
+            "the graph of MLP is called as it was traced: ",
+            "positional arguments by position, keyword arguments by name, nested in the same way. ",
+            "Expected (params, *, k=*), given (params, *).",
+        ],
+    ),
+    Case(
+        "BakedStateError",
+        RuntimeError,
+        ("Normed", ["mean"]),
+        [
+            "Normed changes ['mean'], which bake_rest=True makes constants of the graph. ",
+            "Give values for these names, or leave bake_rest out, so that they are inputs.",
+        ],
+    ),
+    Case(
+        "GraphChangedError",
+        ValueError,
+        ("it has 2 outputs, expected 1",),
+        [
+            "this graph does not fit the Program: it has 2 outputs, expected 1. ",
+            "A pass may change what is computed, ",
+            "but has to leave placeholders and outputs as they are, in their order.",
+        ],
+    ),
+    Case(
+        "LossError",
+        ValueError,
+        ("MLP", "a float"),
+        [
+            "the gradients of MLP need a loss that is one real number, but it is a float. ",
+            "Pass loss=a function of the output that returns a tensor with one element.",
+        ],
+    ),
+    Case(
+        "ExportedTransformError",
+        RuntimeError,
+        ("MLP",),
+        [
+            "MLP is called in a transform while torch.export records. ",
+            "torch.export takes values of the examples for constants in grad, vjp, jacrev and ",
+            "hessian, so that the graph would be wrong for all others, ",
+            "and with strict=True fails in all transforms; strict=False exports vmap, jvp and ",
+            "jacfwd. For gradients trace first, and export the traced graph: ",
+            "fcall.trace(module, params, args).joint(loss).exported(); or for any function f ",
+            "torch.export.export(make_fx(f)(*args), args), ",
+            "make_fx from torch.fx.experimental.proxy_tensor.",
+        ],
+    ),
+    Case(
+        "PackageNameError",
+        ValueError,
+        ("a.so",),
+        ["a package is a file whose name ends in .pt2, but got 'a.so'."],
+    ),
+    Case(
+        "NotAPackageError",
+        ValueError,
+        ("a.pt2", "it is no zip file"),
+        [
+            "a.pt2 is not a package that fcall.package wrote: it is no zip file. ",
+            "Other packages of AOTInductor are loaded by torch._inductor.aoti_load_package.",
+        ],
+    ),
+    Case(
+        "PackageDamagedError",
+        ValueError,
+        ("a.pt2", "the file is cut off"),
+        [
+            "a.pt2 is damaged: the file is cut off. ",
+            "Copy it again, or make it anew with fcall.package.",
+        ],
+    ),
+    Case(
+        "PackageMismatchError",
+        RuntimeError,
+        ("a.pt2", ["torch: made for 1, here 2", "cpu: none"]),
+        [
+            "a.pt2 cannot run here. Make it anew with fcall.package.",
+            "\n\ttorch: made for 1, here 2",
+            "\n\tcpu: none",
+        ],
+    ),
+    Case(
+        "NotPackagedError",
+        RuntimeError,
+        ("gradients",),
+        [
+            "a package is compiled code, with no rules for gradients. ",
+            "Call the Program it was made of, or, where only the values matter, ",
+            "pass plain tensors, under torch.no_grad().",
+        ],
+    ),
+    Case(
+        "UncachedBackendError",
+        ValueError,
+        ("eager",),
+        [
+            "fcall.compile keeps on disk what backend='inductor' compiles, ",
+            "without the options 'guard_filter_fn', 'size_asserts' and 'use_aoti'; ",
+            "it was given backend='eager'. Leave out cache, or these.",
+        ],
+    ),
 ]
 
 each = pytest.mark.parametrize("case", CASES, ids=[case.error for case in CASES])
@@ -301,7 +438,9 @@ def test_every_error_is_here() -> None:
     classes = set(errors.__all__) - {"FcallError", "FcallWarning"}
     assert classes == {case.error for case in CASES}
     defined = [cls for _, cls in inspect.getmembers(errors, inspect.isclass)]
-    assert {c.__name__ for c in defined if c.__module__ == errors.__name__} == set(errors.__all__)
+    assert {c.__name__ for c in defined if c.__module__.startswith(errors.__name__)} == set(
+        errors.__all__
+    )
 
 
 @each
@@ -328,7 +467,7 @@ def test_it_is_the_builtin_that_torch_raises(case: Case) -> None:
 @pytest.mark.parametrize("traced", [False, True])
 def test_copies(case: Case, again: Any, traced: bool) -> None:
     cls = getattr(errors, case.error)
-    error = (errors._unwrapped(cls) if traced else cls)(*case.details)
+    error = (base._unwrapped(cls) if traced else cls)(*case.details)
     twin = again(error)
     assert type(twin) is cls
     assert str(twin) == str(error)
@@ -339,7 +478,7 @@ def test_copies(case: Case, again: Any, traced: bool) -> None:
 def test_what_leaves_a_trace_is_named_alike(case: Case) -> None:
     """Dynamo leaves an AssertionError as it is: those raised in a trace are ones, too."""
     cls = getattr(errors, case.error)
-    traced = errors._unwrapped(cls)
+    traced = base._unwrapped(cls)
     assert issubclass(traced, cls)
     assert issubclass(traced, AssertionError)
     assert (traced.__name__, traced.__module__) == (cls.__name__, cls.__module__)

@@ -45,6 +45,7 @@ import torch
 from torch import Tensor, nn
 
 from fcall import _torch, errors
+from fcall._torch import ahead
 from fcall.program.frames import Compilation, Frame, Result
 from fcall.program.inductor import LeanInductor
 from fcall.program.record import Trace
@@ -76,7 +77,7 @@ class Cache:
         variables = {**frame.scope, "weights": weights, "args": args, "kwargs": kwargs}
         found = next((known for known in frame.compilations() if known.holds(variables)), None)
         path = None
-        if found is None and _torch.compiled_calls().is_usual():
+        if found is None and ahead.compiled_calls().is_usual():
             path = self._path_for(frame, weights, args, kwargs)
             found = self._load(path, frame, variables) if path is not None else None
             if found is not None:
@@ -93,7 +94,7 @@ class Cache:
     ) -> Path | None:
         """Return where a call like this is kept, or None if such calls are not."""
         try:
-            torchs = _torch.artifacts()
+            torchs = ahead.artifacts()
             leaves, spec = _torch.pytree.tree_flatten((args, kwargs))
             parts: list[Any] = [_name(type(frame.module)), frame.method, frame.slots, frame.index]
             parts += [self._inductor.settings, str(spec), torchs.global_state()]
@@ -136,7 +137,7 @@ class Cache:
     def _restored(
         self, frame: Frame, variables: dict[str, Any], payload: dict[str, Any]
     ) -> Compilation:
-        torchs = _torch.artifacts()
+        torchs = ahead.artifacts()
         guards = _Guards(frame, variables, payload["recipe"])
         for before, now in itertools.zip_longest(payload["text"], guards.text):
             if before != now:
@@ -158,7 +159,7 @@ class Cache:
 
 def _packed(frame: Frame, variables: dict[str, Any], trace: Trace) -> bytes:
     """Return the bytes of a file."""
-    torchs = _torch.artifacts()
+    torchs = ahead.artifacts()
     held = [known for known in frame.compilations() if known.holds(variables)]
     if not held:
         raise NotPortableError("the module breaks the graph")
@@ -240,7 +241,7 @@ class _Guards:
         modules = {key: importlib.import_module(name) for key, name in recipe["imports"].items()}
         self.globals = {**frame.globals, **modules, "__builtins__": vars(builtins)}
         self.globals[settings["name_of_builtins_dict_key_in_fglobals"]] = vars(builtins)
-        self.manager = _torch.artifacts().build_guards(
+        self.manager = ahead.artifacts().build_guards(
             frame.code, (variables, self.globals), recipe["guards"], settings
         )
         self.alive: list[Any] = []
@@ -276,7 +277,7 @@ def _environment() -> dict[str, str]:
         "precision": f"{torch.get_float32_matmul_precision()} {torch.backends.mkldnn.enabled}",
         "cuDNN": f"{torch.backends.cudnn.enabled} {torch.backends.cudnn.benchmark}",
         "GPU": f"{torch.cuda.get_device_properties()} {torch.version.cuda}" if cuda else "none",
-        **{name: _text(value) for name, value in _torch.artifacts().settings().items()},
+        **{name: _text(value) for name, value in ahead.artifacts().settings().items()},
     }
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fcall import _torch, errors, routes
+from fcall._torch import ahead
 from fcall.call import Weights, functional_call, merge, prepare, write_back
 from fcall.plan import binding_for
 from fcall.program.cache import Cache
@@ -175,7 +176,7 @@ class _AsGiven:
 def _against_frames(inputs: list[Tensor] | None) -> str:
     """Return why a call has to be compiled as it is given, or an empty string."""
     try:
-        calls = _torch.compiled_calls()
+        calls = ahead.compiled_calls()
         _torch.dynamo()
     except _torch.DynamoUnavailableError as error:
         return f"torch {torch.__version__} lacks what fast calls need: {error}"

@@ -13,6 +13,7 @@ from torch.export.passes import move_to_device_pass
 from torch.fx import Node
 
 from fcall import _torch, errors
+from fcall._torch import ahead
 from fcall.program.exported import Traced, export_traced, traced_again
 from fcall.program.signature import Input, Signature
 
@@ -70,7 +71,7 @@ def joint(
         forward = traced._replace(signature=signature)
         finish, extra = loss_of(attached), len(targets)
         exported = export_traced(forward, finish, needs_grad=names, extra=extra)
-        return _torch.with_backward(exported) if names else exported.run_decompositions()
+        return ahead.with_backward(exported) if names else exported.run_decompositions()
 
     try:
         exported = exported_with(_without_effect(traced, names))

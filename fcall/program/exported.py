@@ -14,6 +14,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx import Graph, GraphModule, Node
 
 from fcall import _torch
+from fcall._torch import ahead
 from fcall.program.caller import unused_name
 from fcall.program.signature import Input, Signature, Size, evaluate
 
@@ -192,7 +193,7 @@ def traced_again(exported: ExportedProgram, before: Signature) -> tuple[GraphMod
 def _examples(signature: Signature, needs_grad: Collection[str]) -> list[Any]:
     """Return inputs without memory."""
     examples = []
-    with _torch.fake_mode():
+    with ahead.fake_mode():
         for spec in signature.inputs:
             if spec.kind == "constant":
                 examples.append(spec.value)

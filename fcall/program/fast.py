@@ -7,9 +7,9 @@ this order; where a check fails the call takes the guarded route, through Dynamo
 =============================================  ==================================================
 what could change                              where it is checked
 =============================================  ==================================================
-a trace or a transform of torch.func around    ``is_plain`` of ``_torch.compiled_calls``
+a trace or a transform of torch.func around    ``is_plain`` of ``ahead.compiled_calls``
 the call, forward-mode AD, a dispatch mode
-``torch.compiler.set_stance``                  ``is_usual`` of ``_torch.compiled_calls``
+``torch.compiler.set_stance``                  ``is_usual`` of ``ahead.compiled_calls``
 the names given                                :attr:`Names.count` and ``weights_of``
 tied names with different values               :attr:`Names.same`
 class, dtype, device, sizes, strides and       ``_tensors``, torch's own check of tensors, on the
@@ -39,6 +39,7 @@ import torch
 from torch import Tensor, nn
 
 from fcall import _torch
+from fcall._torch import ahead
 from fcall.program.frames import Compilation, Frame, Names
 from fcall.program.structure import Watch
 
@@ -73,7 +74,7 @@ class FastRoute:
         self._count = names.count
         self._kept = tuple(kept)
         self._input_count = len(inputs)
-        calls = _torch.compiled_calls()
+        calls = ahead.compiled_calls()
         self._is_plain, self._is_usual = calls.is_plain, calls.is_usual
         self._tensors = calls.tensor_check([*weights, *kept], inputs)
         self._unchanged = Watch(module).unchanged

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from fcall import _torch
+from fcall._torch import ahead
 from fcall.binding import Binding
 from fcall.call import functional_call
 from fcall.plan import binding_for, plan_for
@@ -84,7 +85,7 @@ class Frame:
         self.slots, self.index = names.slots, names.index
         self.binding = binding_for(module, tuple(self.slots), tie_weights=True, strict=False)
         self.hooks = hooks_of(module)
-        self.accepts = _torch.compiled_calls().tensor_check(weights, [])
+        self.accepts = ahead.compiled_calls().tensor_check(weights, [])
         slots, index = tuple(self.slots), tuple(self.index)
         from fcall.program.traced import Placement, substitute_op
 
@@ -156,7 +157,7 @@ class Frame:
 
     def compilations(self) -> list[Compilation]:
         """Return what Dynamo has compiled, the latest used first, and what others have."""
-        entries = _torch.compiled_calls().entries_of(self._call.__code__)
+        entries = ahead.compiled_calls().entries_of(self._call.__code__)
         count = len(self._call.__code__.co_freevars)
         compiled = [
             Compilation(guards, self.function(code, self._call.__globals__))
@@ -230,7 +231,7 @@ class Compilation:
     def __init__(self, guards: Any, run: FunctionType) -> None:
         self._guards = guards
         self._check = guards.root.check
-        self._undo_transforms = _torch.compiled_calls().undo_transforms
+        self._undo_transforms = ahead.compiled_calls().undo_transforms
         self.run = run
 
     def __call__(self, *inputs: Any) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.fx import GraphModule
 
-from fcall import _torch
+from fcall._torch import ahead
 from fcall.program.record import Record
 
 __all__ = ["LeanInductor"]
@@ -36,8 +36,8 @@ class LeanInductor:
         self._record = record
         self.settings = f"{mode} {sorted((options or {}).items())} {dynamic}"
         """A text that tells these from others."""
-        self._full = _torch.inductor(mode, options, dynamic)
-        self._lean = _torch.inductor(mode, options, dynamic)
+        self._full = ahead.inductor(mode, options, dynamic)
+        self._lean = ahead.inductor(mode, options, dynamic)
         self._lean.apply_options({OPTION: False})  # type: ignore[attr-defined]
 
     def __call__(self, graph: GraphModule, inputs: Any) -> Any:

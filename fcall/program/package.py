@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from fcall import _torch, errors
+from fcall._torch import ahead
 from fcall.binding import TENSORS
 from fcall.call import Weights
 from fcall.program.archive import add_record, environment, read_record, refuse_other_environment
@@ -49,7 +50,7 @@ def package(
     exported = export_traced(traced, lambda *result: _tensors(result[:2]))
     unfinished = path.with_name(f".{path.stem}.{os.getpid()}.pt2")
     try:
-        _torch.package_aoti(exported, str(unfinished), dict(options or {}))
+        ahead.package_aoti(exported, str(unfinished), dict(options or {}))
         record = {
             "environment": environment(device),
             "signature": signature.to_json(),
@@ -85,7 +86,7 @@ def load(path: str | os.PathLike[str], *, num_runners: int = 1, device_index: in
     path = Path(path)
     record, defaults = read_record(path)
     refuse_other_environment(path, record["environment"])
-    run = _torch.load_aoti(str(path), num_runners, device_index)
+    run = ahead.load_aoti(str(path), num_runners, device_index)
     return Runner(run, record, defaults)
 
 

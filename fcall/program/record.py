@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 from torch.fx import GraphModule
 
-from fcall import _torch
+from fcall._torch import ahead
 
 __all__ = ["Record", "Trace"]
 
@@ -49,7 +49,7 @@ class Record(threading.local):
         self, inductor: Callable[[GraphModule, Any], Any], graph: GraphModule, inputs: Sequence[Any]
     ) -> Any:
         """Return what ``inductor`` makes of a graph, in a form that can be kept."""
-        torchs = _torch.artifacts()
+        torchs = ahead.artifacts()
         before = set(torchs.libraries)
         with torchs.to_be_dumped():
             compiled = inductor(graph, inputs)
@@ -98,7 +98,7 @@ def _without_references(create: Callable[..., None]) -> Callable[..., None]:
 
 
 def _libraries(keys: Iterable[str]) -> Iterator[tuple[str, bytes]]:
-    folder = Path(_torch.artifacts().cache_dir())
+    folder = Path(ahead.artifacts().cache_dir())
     for key in keys:
         for path in (folder / key[1:3]).glob(f"{key}.*so"):
             yield str(path.relative_to(folder)), path.read_bytes()

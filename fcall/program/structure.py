@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fcall import _torch
+from fcall._torch import ahead
 
 __all__ = ["Hooks", "Watch", "hooks_of", "same_hooks"]
 
@@ -68,7 +68,7 @@ class Watch:
         return True
 
     def _take_versions(self) -> tuple[Callable[[Any], bool], Callable[[Any], bool]]:
-        check = _torch.compiled_calls().version_check
+        check = ahead.compiled_calls().version_check
         return check(self._dicts), check(self._owners)
 
     def _dicts_now(self) -> tuple[Any, ...]:

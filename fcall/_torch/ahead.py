@@ -1,0 +1,240 @@
+"""The private modules of torch that :mod:`fcall.program` needs, to prepare calls ahead of time."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import CodeType, SimpleNamespace
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+
+from fcall._torch import (
+    OPERATOR_PROBLEM,
+    DynamoUnavailableError,
+    _peek_interpreter_stack,
+    _proxy,
+)
+
+__all__ = [
+    "artifacts",
+    "compiled_calls",
+    "fake_mode",
+    "inductor",
+    "load_aoti",
+    "package_aoti",
+    "with_backward",
+]
+
+
+@functools.cache
+def compiled_calls() -> SimpleNamespace:
+    """Import what :mod:`fcall.program.fast` needs to call what Dynamo compiled by itself.
+
+    Raises:
+        DynamoUnavailableError: a name is gone; the message says which one. Calls that go through
+            Dynamo need none of them.
+    """
+    try:
+        from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list
+        from torch._C._dynamo.guards import RootGuardManager, TensorGuards
+        from torch._dynamo import eval_frame
+        from torch._dynamo.guards import GuardManagerType, GuardManagerWrapper
+        from torch._ops import _get_dispatch_mode_pre_dispatch
+
+        def tensor_check(exact: Sequence[Any], loose: Sequence[Any]) -> Callable[..., bool]:
+            """Return the check that tensors are different ones, each like that in its place.
+
+            Of ``loose``, which come after ``exact``, sizes and strides may differ.
+            """
+            any_size: list[Any] = [[None] * t.dim() for t in loose]
+            sizes: Any = [*[list(t.shape) for t in exact], *any_size]
+            strides: Any = [*[list(t.stride()) for t in exact], *any_size]
+            guards = TensorGuards(
+                *exact, *loose, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides
+            )
+            return guards.check
+
+        def version_check(dicts: tuple[dict[Any, Any], ...]) -> Callable[[Any], bool]:
+            """Return the check, of the same dicts, that nothing was written to any of them."""
+            root = RootGuardManager()
+            for i, entries in enumerate(dicts):
+                source, kind = f"dicts[{i}]", GuardManagerType.GUARD_MANAGER
+                child = root.tuple_getitem_manager(i, source, entries, kind)
+                child.add_dict_version_guard(entries, [source], None)
+            return root.check
+
+        def entries_of(code: CodeType) -> list[tuple[Any, CodeType]]:
+            """Return the guards, and the compiled code, of each compilation of ``code``."""
+            entries = [(e.guard_manager, e.code) for e in _debug_get_cache_entry_list(code)]
+            return [(guards, code) for guards, code in entries if guards.cache_entry is not None]
+
+        dispatch_modes = torch._C._len_torch_dispatch_stack
+        is_recorded_by_jit = torch._C._get_tracing_state
+        pre_dispatch_mode = _get_dispatch_mode_pre_dispatch
+        forward_ad = torch.autograd.forward_ad
+        undo_transforms = torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth
+
+        def is_plain() -> bool:
+            """Whether nothing around the call takes part in it, but for what guards check."""
+            return (
+                _peek_interpreter_stack() is None
+                and not dispatch_modes()
+                and pre_dispatch_mode(_proxy) is None
+                and forward_ad._current_level == -1
+                and is_recorded_by_jit() is None
+            )
+
+        def is_usual() -> bool:
+            """Whether torch.compile is to compile and run as it does if nobody says otherwise."""
+            stance = eval_frame._stance
+            return stance.stance == "default" and stance.backend is None
+
+        # Fails here, and not in a call, where these cannot do what they are to do.
+        example, entries = torch.zeros(1), {"key": 0}
+        works = tensor_check([example], [])(example) and version_check((entries,))((entries,))
+        if not works or OPERATOR_PROBLEM or not hasattr(GuardManagerWrapper(), "cache_entry"):
+            raise DynamoUnavailableError(OPERATOR_PROBLEM or "GuardManagerWrapper.cache_entry")
+        return SimpleNamespace(
+            tensor_check=tensor_check,
+            version_check=version_check,
+            entries_of=entries_of,
+            is_plain=is_plain,
+            is_usual=is_usual,
+            undo_transforms=undo_transforms,
+        )
+    except (ImportError, AttributeError, TypeError) as error:
+        raise DynamoUnavailableError(str(error)) from error
+
+
+def fake_mode() -> Any:
+    """Return a mode in which tensors are made that hold no memory, on any device.
+
+    ``torch.export`` takes them as examples. No public name yet.
+    """
+    from torch._subclasses import FakeTensorMode
+
+    return FakeTensorMode()
+
+
+def with_backward(program: ExportedProgram) -> ExportedProgram:
+    """Return ``program``, whose first output is a loss, with the gradients as further outputs.
+
+    They are in the order of the inputs that need gradients. Goes when that has a public name.
+    """
+    from torch.export.experimental import _export_forward_backward
+
+    # It takes all inputs for tensors. Those that are none have no part in the graph.
+    values = [node.meta["val"] for node in program.graph.find_nodes(op="placeholder")]
+    in_place_of_others = next(v for v in values if isinstance(v, torch.Tensor)).new_empty(())
+    for node, value in zip(program.graph.find_nodes(op="placeholder"), values):
+        node.meta["val"] = value if isinstance(value, torch.Tensor) else in_place_of_others
+    program = _export_forward_backward(program)
+    for node, value in zip(program.graph.find_nodes(op="placeholder"), values):
+        node.meta["val"] = node.meta["val"] if isinstance(value, torch.Tensor) else value
+    return program
+
+
+def package_aoti(program: ExportedProgram, path: str, options: dict[str, Any]) -> None:
+    """Compile ``program`` to a package. torch documents it under this name, which is private."""
+    import torch._inductor
+
+    torch._inductor.aoti_compile_and_package(program, package_path=path, inductor_configs=options)
+
+
+def load_aoti(
+    path: str, num_runners: int, device_index: int
+) -> Callable[[list[torch.Tensor]], list[torch.Tensor]]:
+    """Return a function that runs the package at ``path`` on its tensors, in their order."""
+    # torch documents torch._inductor.aoti_load_package, which calls this with one runner.
+    from torch._inductor.package import load_package
+
+    loaded = load_package(path, num_runners=num_runners, device_index=device_index)
+    return loaded.loader.run  # type: ignore[no-any-return]
+
+
+def inductor(
+    mode: str | None, options: Mapping[str, Any] | None, dynamic: bool | None
+) -> Callable[..., Any]:
+    """Return what ``torch.compile`` makes of ``backend="inductor"``, which has no public name.
+
+    Raises:
+        AttributeError: where it is gone.
+    """
+    return torch._TorchCompileInductorWrapper(mode, options, dynamic)
+
+
+@functools.cache
+def artifacts() -> SimpleNamespace:
+    """Import what :mod:`fcall.program.cache` needs to keep on disk what was compiled.
+
+    Raises:
+        DynamoUnavailableError: a name is gone; the message says which one. Then nothing is kept.
+    """
+    try:
+        from torch._dynamo import config as dynamo_config
+        from torch._dynamo.aot_compile_types import BundledAOTAutogradSerializableCallable
+        from torch._dynamo.guards import CheckFunctionManager
+        from torch._dynamo.output_graph import OutputGraphCommon, OutputGraphGuardsState
+        from torch._dynamo.package import SerializedCode
+        from torch._dynamo.symbolic_convert import InstructionTranslator
+        from torch._functorch import config as functorch_config
+        from torch._guards import Guard, GuardsSet
+        from torch._inductor import config as inductor_config
+        from torch._inductor.codecache import CppPythonBindingsCodeCache
+        from torch._inductor.runtime.cache_dir_utils import cache_dir
+        from torch.utils._ordered_set import OrderedSet
+
+        state_guard = torch._C._dynamo.guards.GlobalStateGuard
+
+        def build_guards(
+            code: CodeType,
+            scopes: tuple[dict[str, Any], dict[str, Any]],
+            guards: Iterable[tuple[Any, Callable[..., None]]],
+            settings: dict[str, Any],
+        ) -> Any:
+            """Return guards, of these sources and kinds, on what is in local and global scope."""
+            made = [Guard(source, create) for source, create in guards]
+            state = OutputGraphGuardsState(
+                *scopes,
+                torch_function_mode_stack=[],
+                dual_level=forward_ad._current_level,
+                functorch_layers=[],
+                current_device=torch.utils._device.CURRENT_DEVICE,
+                global_state_guard=state_guard(),
+                _guards=GuardsSet(OrderedSet(made)),
+                _aotautograd_guards=[],
+                skip_guards_check=True,
+                **settings,
+            )
+            return CheckFunctionManager(code, OutputGraphCommon(state)).guard_manager
+
+        forward_ad = torch.autograd.forward_ad
+        serialized = BundledAOTAutogradSerializableCallable
+        configs = (dynamo_config, functorch_config, inductor_config)
+        return SimpleNamespace(
+            build_guards=build_guards,
+            output_of_trace=lambda: InstructionTranslator.current_tx().output,
+            # What AOTAutograd returns can be dumped, with the backward, if it was compiled so.
+            to_be_dumped=lambda: functorch_config.patch(
+                bundled_autograd_cache=True, force_non_lazy_backward_lowering=True
+            ),
+            dump=lambda fn: serialized.serialize_compile_artifacts(serialized(fn)),
+            load=serialized.deserialize_compile_artifacts,
+            with_options=inductor_config.patch,
+            dump_code=SerializedCode.from_code_object,
+            load_code=SerializedCode.to_code_object,
+            # The C++ that was built, by keys; and where it is, in a folder that may be deleted.
+            libraries=CppPythonBindingsCodeCache.cache,
+            cache_dir=cache_dir,
+            function_modes=torch._C._len_torch_function_stack,
+            global_state=lambda: str(state_guard().__getstate__()),
+            settings=lambda: {
+                f"{config.__name__}.{name}": value
+                for config in configs
+                for name, value in config.save_config_portable().items()
+            },
+        )
+    except (ImportError, AttributeError) as error:
+        raise DynamoUnavailableError(str(error)) from error

@@ -1,0 +1,169 @@
+"""Mistakes with what is prepared ahead of time: traces, exports, packages, caches."""
+
+from __future__ import annotations
+
+from fcall.errors.base import FcallError, nearest
+
+__all__ = [
+    "BakedStateError",
+    "ExportedTransformError",
+    "GraphChangedError",
+    "LossError",
+    "MissingValuesError",
+    "MissingWeightsError",
+    "NotAPackageError",
+    "NotPackagedError",
+    "PackageDamagedError",
+    "PackageMismatchError",
+    "PackageNameError",
+    "ProgramInputsError",
+    "ProgramStructureError",
+    "StateChangedError",
+    "UncachedBackendError",
+    "UnexpectedWeightsError",
+]
+
+
+class MissingValuesError(FcallError, RuntimeError):
+    """An exported graph would own state of the module. Details: the module's type, the names."""
+
+    template = (
+        "export needs a value for every parameter and buffer of {}, so that the graph's caller "
+        "gives all of them. Missing: {}. For example pass "
+        "{{**dict(module.named_parameters()), **dict(module.named_buffers()), **params}}."
+    )
+
+
+class StateChangedError(FcallError, RuntimeError):
+    """An exported module reassigns a tensor with another one. Details: name, before, after."""
+
+    template = (
+        "the module reassigns {!r}, from {} to {}. An exported graph writes new state into the "
+        "tensors it was given, so shape and dtype have to stay the same."
+    )
+
+
+class MissingWeightsError(FcallError, KeyError):
+    """A graph was given no value for some of its weights. Details: what it computes, the names."""
+
+    template = (
+        "the graph of {} takes values for {}, which were not given. Pass them by name, as in "
+        "{{**dict(module.named_parameters()), **dict(module.named_buffers())}}."
+    )
+
+
+class UnexpectedWeightsError(FcallError, KeyError):
+    """A graph was given values for unknown names. Details: what it computes, names, known names."""
+
+    def describe(self, title: str, names: list[str], known: list[str]) -> str:
+        """Return the message."""
+        keys = ", ".join(f"{name!r}{nearest(str(name), known)}" for name in sorted(map(str, names)))
+        return f"the graph of {title} has no inputs named {keys}. It has: {sorted(known)}."
+
+
+class ProgramInputsError(FcallError, ValueError):
+    """A graph was given other tensors than it is for. Details: what it computes, the problems."""
+
+    def describe(self, title: str, problems: list[str]) -> str:
+        """Return the message."""
+        lines = [f"the graph of {title} is for other inputs than it was given:", *problems]
+        return "\n\t".join(lines)
+
+
+class ProgramStructureError(FcallError, ValueError):
+    """A graph was given arguments nested otherwise. Details: what it computes, expected, given."""
+
+    template = (
+        "the graph of {} is called as it was traced: positional arguments by position, keyword "
+        "arguments by name, nested in the same way. Expected (params, {}), given (params, {})."
+    )
+
+
+class BakedStateError(FcallError, RuntimeError):
+    """State that was to be a constant of a graph is changed. Details: module's type, the names."""
+
+    template = (
+        "{} changes {}, which bake_rest=True makes constants of the graph. Give values for these "
+        "names, or leave bake_rest out, so that they are inputs."
+    )
+
+
+class GraphChangedError(FcallError, ValueError):
+    """A graph put into a Program has other inputs or outputs. Details: what differs."""
+
+    template = (
+        "this graph does not fit the Program: {}. A pass may change what is computed, but has to "
+        "leave placeholders and outputs as they are, in their order."
+    )
+
+
+class LossError(FcallError, ValueError):
+    """What is to be differentiated is no real number. Details: what it computes, what was got."""
+
+    template = (
+        "the gradients of {} need a loss that is one real number, but it is {}. Pass "
+        "loss=a function of the output that returns a tensor with one element."
+    )
+
+
+class ExportedTransformError(FcallError, RuntimeError):
+    """A transform in an exported function that torch cannot export. Details: what is called."""
+
+    template = (
+        "{} is called in a transform while torch.export records. torch.export takes values of the "
+        "examples for constants in grad, vjp, jacrev and hessian, so that the graph would be wrong "
+        "for all others, and with strict=True fails in all transforms; strict=False exports vmap, "
+        "jvp and jacfwd. For gradients trace first, and export the traced graph: "
+        "fcall.trace(module, params, args).joint(loss).exported(); or for any function f "
+        "torch.export.export(make_fx(f)(*args), args), make_fx from "
+        "torch.fx.experimental.proxy_tensor."
+    )
+
+
+class PackageNameError(FcallError, ValueError):
+    """A package was to be written under another name. Details: the path."""
+
+    template = "a package is a file whose name ends in .pt2, but got {!r}."
+
+
+class NotAPackageError(FcallError, ValueError):
+    """A file is no package of fcall's. Details: the path, what was found."""
+
+    template = (
+        "{} is not a package that fcall.package wrote: {}. Other packages of AOTInductor are "
+        "loaded by torch._inductor.aoti_load_package."
+    )
+
+
+class PackageDamagedError(FcallError, ValueError):
+    """A package is not as it was written. Details: the path, what was found."""
+
+    template = "{} is damaged: {}. Copy it again, or make it anew with fcall.package."
+
+
+class PackageMismatchError(FcallError, RuntimeError):
+    """A package is for something else. Details: the path, the differences."""
+
+    def describe(self, path: str, differences: list[str]) -> str:
+        """Return the message."""
+        lines = [f"{path} cannot run here. Make it anew with fcall.package.", *differences]
+        return "\n\t".join(lines)
+
+
+class NotPackagedError(FcallError, RuntimeError):
+    """A package was asked for what it cannot do. Details: what."""
+
+    template = (
+        "a package is compiled code, with no rules for {}. Call the Program it was made of, or, "
+        "where only the values matter, pass plain tensors, under torch.no_grad()."
+    )
+
+
+class UncachedBackendError(FcallError, ValueError):
+    """``cache`` is given to ``fcall.compile`` with a backend that cannot be kept. Details: it."""
+
+    template = (
+        "fcall.compile keeps on disk what backend='inductor' compiles, without the options "
+        "'guard_filter_fn', 'size_asserts' and 'use_aoti'; it was given backend={0!r}. Leave out "
+        "cache, or these."
+    )
