@@ -10,12 +10,7 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
-from fcall._torch import (
-    OPERATOR_PROBLEM,
-    DynamoUnavailableError,
-    _peek_interpreter_stack,
-    _proxy,
-)
+from fcall._torch import OPERATOR_PROBLEM, DynamoUnavailableError
 
 __all__ = [
     "artifacts",
@@ -70,6 +65,8 @@ def compiled_calls() -> SimpleNamespace:
             entries = [(e.guard_manager, e.code) for e in _debug_get_cache_entry_list(code)]
             return [(guards, code) for guards, code in entries if guards.cache_entry is not None]
 
+        interpreter_stack = torch._C._functorch.peek_interpreter_stack
+        proxy = torch._C._TorchDispatchModeKey.PROXY
         dispatch_modes = torch._C._len_torch_dispatch_stack
         is_recorded_by_jit = torch._C._get_tracing_state
         pre_dispatch_mode = _get_dispatch_mode_pre_dispatch
@@ -79,9 +76,9 @@ def compiled_calls() -> SimpleNamespace:
         def is_plain() -> bool:
             """Whether nothing around the call takes part in it, but for what guards check."""
             return (
-                _peek_interpreter_stack() is None
+                interpreter_stack() is None
                 and not dispatch_modes()
-                and pre_dispatch_mode(_proxy) is None
+                and pre_dispatch_mode(proxy) is None
                 and forward_ad._current_level == -1
                 and is_recorded_by_jit() is None
             )
