@@ -23,8 +23,8 @@ closures that it reads, its other tensors,     watches (``Frame._keep_guards``)
 grad mode, autocast, deterministic mode,
 default dtype and device, threads, modes of
 torch functions, hooks on saved tensors
-what guards know by its id was freed; all      :meth:`Compilation.holds`
-compilations were reset
+what guards know by its id was freed; all      :meth:`Compilation.holds`; those read from disk,
+compilations were reset                        guarded all the same, outlive a reset
 =============================================  ==================================================
 
 Nothing of a module is written in a fast call, but by code of its own.
