@@ -24,9 +24,10 @@ FILES = {
 """The path of each module of fcall, by its full name."""
 
 FLOORS = [
-    {"_torch", "routes", "scoped"},
+    {"_torch", "routes", "scoped", "version"},
+    {"error_base", "prefixes"},
     {"errors", "deprecation", "batch_norm"},
-    {"binding", "meta", "refused", "rnn"},
+    {"binding", "meta", "refused", "rnn", "state"},
     {"mismatch"},
     {"substitution", "stacking"},
     {"plan"},

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from fcall import errors
+from fcall import error_base, errors
 
 
 class Case(NamedTuple):
@@ -185,10 +185,10 @@ CASES = [
         TypeError,
         ("count", "mappingproxy"),
         [
-            "the module reassigned 'count', ",
+            "the module changes 'count', ",
             "but the mapping it came in (mappingproxy) is read-only, ",
             "so the new value cannot be written back. ",
-            "Pass a dict.",
+            "Pass a dict: dict(mapping), or dict(fcall.open_state(path)).",
         ],
     ),
     Case(
@@ -211,6 +211,45 @@ CASES = [
             "the module reassigns 'count', from (3,) to (4,). ",
             "An exported graph writes new state into the tensors it was given, ",
             "so shape and dtype have to stay the same.",
+        ],
+    ),
+    Case(
+        "MissingExtraError",
+        ImportError,
+        ("fcall.open_state", "safetensors", "state"),
+        [
+            "fcall.open_state needs the package 'safetensors', which is not installed: ",
+            "pip install 'fcall[state]'.",
+        ],
+    ),
+    Case(
+        "StateFileError",
+        ValueError,
+        ("w.safetensors", "header too small"),
+        [
+            "w.safetensors cannot be read as weights: header too small. ",
+            "open_state takes a .safetensors file, ",
+            "the .safetensors.index.json of a sharded one, ",
+            "or a folder with either.",
+        ],
+    ),
+    Case(
+        "UnknownPrefixError",
+        ValueError,
+        ("w.safetensors", "modul.", ["model.", "module."]),
+        [
+            "w.safetensors has no names with the prefix 'modul.' (did you mean 'module.'?). ",
+            "It has names with: ['model.', 'module.']. ",
+            "A prefix ends with a dot.",
+        ],
+    ),
+    Case(
+        "StateDtypeError",
+        TypeError,
+        ("torch.int8",),
+        [
+            "open_state(dtype=...) converts floating tensors to another floating dtype, ",
+            "such as torch.bfloat16, but got torch.int8.",
         ],
     ),
     Case(
@@ -301,7 +340,8 @@ def test_every_error_is_here() -> None:
     classes = set(errors.__all__) - {"FcallError", "FcallWarning"}
     assert classes == {case.error for case in CASES}
     defined = [cls for _, cls in inspect.getmembers(errors, inspect.isclass)]
-    assert {c.__name__ for c in defined if c.__module__ == errors.__name__} == set(errors.__all__)
+    ours = {c.__name__ for c in defined if c.__module__.startswith("fcall.")}
+    assert ours == set(errors.__all__)
 
 
 @each
@@ -328,7 +368,7 @@ def test_it_is_the_builtin_that_torch_raises(case: Case) -> None:
 @pytest.mark.parametrize("traced", [False, True])
 def test_copies(case: Case, again: Any, traced: bool) -> None:
     cls = getattr(errors, case.error)
-    error = (errors._unwrapped(cls) if traced else cls)(*case.details)
+    error = (error_base._unwrapped(cls) if traced else cls)(*case.details)
     twin = again(error)
     assert type(twin) is cls
     assert str(twin) == str(error)
@@ -339,7 +379,7 @@ def test_copies(case: Case, again: Any, traced: bool) -> None:
 def test_what_leaves_a_trace_is_named_alike(case: Case) -> None:
     """Dynamo leaves an AssertionError as it is: those raised in a trace are ones, too."""
     cls = getattr(errors, case.error)
-    traced = errors._unwrapped(cls)
+    traced = error_base._unwrapped(cls)
     assert issubclass(traced, cls)
     assert issubclass(traced, AssertionError)
     assert (traced.__name__, traced.__module__) == (cls.__name__, cls.__module__)

@@ -19,6 +19,7 @@ from fcall.program import (
 )
 from fcall.routes import Route, record_routes
 from fcall.stacking import stack_module_state
+from fcall.state import State, open_state
 from fcall.substitute import substitute
 from fcall.version import __version__
 
@@ -29,6 +30,7 @@ __all__ = [
     "Route",
     "Runner",
     "Signature",
+    "State",
     "__version__",
     "compile",
     "errors",
@@ -38,6 +40,7 @@ __all__ = [
     "functorch",
     "load",
     "meta_copy",
+    "open_state",
     "package",
     "patch_torch",
     "record_routes",

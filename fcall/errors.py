@@ -7,13 +7,9 @@ is listed after "Details" in its docstring, and kept as ``error.details``.
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable
-from typing import Any, NoReturn
-
-import torch
-
-from fcall._torch import evaluated_while_tracing
+from fcall.error_base import FcallError, FcallWarning, nearest
+from fcall.error_base import fail as fail
+from fcall.error_base import fail_while_tracing as fail_while_tracing
 
 __all__ = [
     "BakedStateError",
@@ -28,6 +24,7 @@ __all__ = [
     "LazyModuleError",
     "LossError",
     "MetaTensorError",
+    "MissingExtraError",
     "MissingValuesError",
     "MissingWeightsError",
     "ModelHasBuffersError",
@@ -49,41 +46,19 @@ __all__ = [
     "ReadOnlyMappingError",
     "SharedSlotError",
     "StateChangedError",
+    "StateDtypeError",
+    "StateFileError",
     "StrictKeysError",
     "TangentsError",
     "TiedValuesError",
     "UnexpectedWeightsError",
     "UnknownMethodError",
     "UnknownPathError",
+    "UnknownPrefixError",
     "UnlikeModelsError",
     "UnsupportedModuleError",
     "ValuesCountError",
 ]
-
-
-class FcallError(Exception):
-    """Base class of the errors that fcall raises; never raised itself."""
-
-    template = ""
-
-    def __init__(self, *details: Any) -> None:
-        self.details = details
-        self.message = self.describe(*details)
-        super().__init__(self.message)
-
-    def describe(self, *details: Any) -> str:
-        """Return the message."""
-        return self.template.format(*details)
-
-    def __str__(self) -> str:
-        return self.message  # not ``args``: Dynamo adds its stack to them, KeyError quotes them
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _named_class(type(self)), self.details
-
-
-class FcallWarning(UserWarning):
-    """fcall works, but not in the way it was meant to, for instance on an unknown torch."""
 
 
 class InvalidDictsError(FcallError, ValueError):
@@ -227,11 +202,11 @@ class UnsupportedModuleError(FcallError, RuntimeError):
 
 
 class ReadOnlyMappingError(FcallError, TypeError):
-    """A reassigned tensor came in a mapping that is read-only. Details: name, mapping's type."""
+    """A changed tensor came in a mapping that is read-only. Details: name, mapping's type."""
 
     template = (
-        "the module reassigned {!r}, but the mapping it came in ({}) is read-only, so the new "
-        "value cannot be written back. Pass a dict."
+        "the module changes {!r}, but the mapping it came in ({}) is read-only, so the new value "
+        "cannot be written back. Pass a dict: dict(mapping), or dict(fcall.open_state(path))."
     )
 
 
@@ -264,10 +239,21 @@ class MissingWeightsError(FcallError, KeyError):
 
 
 class UnexpectedWeightsError(FcallError, KeyError):
-    """A graph was given values for unknown names. Details: what it computes, names, known names."""
+    """A graph was given unknown names. Details: what it computes, names, known names, prefix.
 
-    def describe(self, title: str, names: list[str], known: list[str]) -> str:
+    The prefix is one without which the names are known, or empty.
+    """
+
+    def describe(self, title: str, names: list[str], known: list[str], prefix: str = "") -> str:
         """Return the message."""
+        if prefix:
+            names = sorted(map(str, names))
+            first = ", ".join(map(repr, names[:3]))
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            return (
+                f"the graph of {title} has no inputs named {first}{more}; they would fit "
+                f"with the prefix {prefix!r} removed: open_state(path, prefix={prefix!r})."
+            )
         keys = ", ".join(f"{name!r}{nearest(str(name), known)}" for name in sorted(map(str, names)))
         return f"the graph of {title} has no inputs named {keys}. It has: {sorted(known)}."
 
@@ -353,6 +339,42 @@ class NotPackagedError(FcallError, RuntimeError):
     template = (
         "a package is compiled code, with no rules for {}. Call the Program it was made of, or, "
         "where only the values matter, pass plain tensors, under torch.no_grad()."
+    )
+
+
+class MissingExtraError(FcallError, ImportError):
+    """A package is not installed. Details: what needs it, its name, the extra that has it."""
+
+    template = "{} needs the package {!r}, which is not installed: pip install 'fcall[{}]'."
+
+
+class StateFileError(FcallError, ValueError):
+    """A file with weights cannot be read. Details: the path, what was found."""
+
+    template = (
+        "{} cannot be read as weights: {}. open_state takes a .safetensors file, the "
+        ".safetensors.index.json of a sharded one, or a folder with either."
+    )
+
+
+class UnknownPrefixError(FcallError, ValueError):
+    """No name in a file has the prefix. Details: the path, the prefix, the prefixes there are."""
+
+    def describe(self, path: str, prefix: str, known: list[str]) -> str:
+        """Return the message."""
+        there = f"It has names with: {known}" if known else "Its names have no prefixes"
+        return (
+            f"{path} has no names with the prefix {prefix!r}{nearest(prefix, known)}. {there}. A "
+            "prefix ends with a dot."
+        )
+
+
+class StateDtypeError(FcallError, TypeError):
+    """Weights were to be read in no floating dtype. Details: what was given."""
+
+    template = (
+        "open_state(dtype=...) converts floating tensors to another floating dtype, such as "
+        "torch.bfloat16, but got {}."
     )
 
 
@@ -451,37 +473,3 @@ class UnlikeModelsError(FcallError, RuntimeError):
         "models[{}] can't be stacked with models[0]: {} is {}, but {} in models[0]. Stack models "
         "that differ in nothing but the values of their parameters and buffers."
     )
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """Return a question that proposes the nearest of ``known``, or an empty string."""
-    matches = difflib.get_close_matches(name, known, n=1)
-    return f" (did you mean {matches[0]!r}?)" if matches else ""
-
-
-def fail(error: type[FcallError], *details: Any) -> NoReturn:
-    """Raise ``error(*details)``, also out of a function that ``torch.compile`` is tracing."""
-    if torch.compiler.is_dynamo_compiling():
-        fail_while_tracing(error, *details)
-    raise error(*details)
-
-
-@evaluated_while_tracing
-def fail_while_tracing(error: type[FcallError], *details: Any) -> NoReturn:
-    """Raise ``error(*details)`` in a way that Dynamo, which is running the caller, lets through."""
-    raise _unwrapped(error)(*details)
-
-
-def _unwrapped(error: type[FcallError]) -> type[FcallError]:
-    """Return a subclass of ``error`` that leaves Dynamo as it is.
-
-    Dynamo wraps what is raised while it traces into exceptions of its own, but for a few kinds, of
-    which AssertionError is one.
-    """
-    namespace = {"__doc__": error.__doc__, "__module__": error.__module__}
-    return type(error.__name__, (error, AssertionError), namespace)
-
-
-def _named_class(error: type[FcallError]) -> type[FcallError]:
-    """Return the class of this module that ``error`` is, or was made of by :func:`_unwrapped`."""
-    return error.__mro__[1] if AssertionError in error.__bases__ else error

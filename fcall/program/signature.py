@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fcall import _torch, errors
+from fcall.prefixes import fitting_prefix
 
 __all__ = ["Input", "Signature", "Size", "evaluate"]
 
@@ -166,7 +167,8 @@ class Signature:
         if used < len(given):
             known = [name for spec in self.weights for name in (spec.name, *spec.tied)]
             unexpected = [name for name in given if name not in known]
-            errors.fail(errors.UnexpectedWeightsError, self.title, unexpected, known)
+            prefix = fitting_prefix(given, known)
+            errors.fail(errors.UnexpectedWeightsError, self.title, unexpected, known, prefix)
         if missing:
             errors.fail(errors.MissingWeightsError, self.title, missing)
         return weights
