@@ -36,6 +36,8 @@ FLOORS = [
     {"program", "substitute", "stateless", "func", "ensemble"},
     {"functorch", "patch"},
     {"fcall"},  # the face
+    {"cli"},
+    {"__main__"},
 ]
 """From the bottom. A file imports from lower floors, and from its own folder."""
 

@@ -8,6 +8,7 @@ from fcall.meta import meta_copy
 from fcall.patch import patch_torch
 from fcall.program import (
     CompiledCall,
+    PackageInfo,
     Program,
     Runner,
     Signature,
@@ -15,6 +16,7 @@ from fcall.program import (
     export,
     load,
     package,
+    package_info,
     trace,
 )
 from fcall.routes import Route, record_routes
@@ -26,6 +28,7 @@ from fcall.version import __version__
 __all__ = [
     "CompiledCall",
     "Ensemble",
+    "PackageInfo",
     "Program",
     "Route",
     "Runner",
@@ -42,6 +45,7 @@ __all__ = [
     "meta_copy",
     "open_state",
     "package",
+    "package_info",
     "patch_torch",
     "record_routes",
     "replace_all_batch_norm_modules_",

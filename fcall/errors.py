@@ -7,9 +7,10 @@ is listed after "Details" in its docstring, and kept as ``error.details``.
 
 from __future__ import annotations
 
-from fcall.error_base import FcallError, FcallWarning, nearest
+from fcall.error_base import FcallError, FcallWarning
 from fcall.error_base import fail as fail
 from fcall.error_base import fail_while_tracing as fail_while_tracing
+from fcall.error_base import nearest as nearest
 
 __all__ = [
     "BakedStateError",

@@ -132,6 +132,29 @@ class Signature:
         self._check(flat)
         return flat
 
+    def unflatten(self, inputs: Mapping[str, Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return ``(args, kwargs)`` of what is no weight; constants are filled in.
+
+        Args:
+            inputs: The tensors, by the names of their placeholders.
+
+        Raises:
+            ProgramInputsError: one is missing, or not known.
+        """
+        specs = [spec for spec in self.inputs if not spec.is_weight]
+        known = [spec.placeholder for spec in specs if spec.kind == "input"]
+        problems = [f"{name}: not given" for name in known if name not in inputs]
+        problems += [
+            f"{name}: not known{errors.nearest(name, known)}"
+            for name in inputs
+            if name not in known
+        ]
+        if problems:
+            errors.fail(errors.ProgramInputsError, self.title, problems)
+        leaves = [s.value if s.kind == "constant" else inputs[s.placeholder] for s in specs]
+        args, kwargs = _torch.pytree.tree_unflatten(leaves, self.spec)
+        return args, kwargs
+
     def sizes(self, flat: Sequence[Any]) -> dict[str, int]:
         """Return the number for each dynamic size that is no expression."""
         return {
