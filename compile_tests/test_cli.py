@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -96,7 +97,7 @@ def net(folder: Path) -> nn.Module:
 
 def command(folder: Path, *arguments: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "fcall", *map(str, arguments)],
+        [sys.executable, "-m", "fcall", *map(str, arguments)],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -434,6 +435,15 @@ def test_each_help_has_an_example(name: str, capsys: pytest.CaptureFixture[str])
         fcall.cli.main([name, "--help"])
     assert status.value.code == 0
     assert f"example:\n  python -m fcall {name} " in capsys.readouterr().out
+
+
+def test_commands_in_the_docs() -> None:
+    text = (ROOT / "docs" / "package.md").read_text()
+    lines = [line for line in text.splitlines() if line.startswith("python -m fcall ")]
+    assert len(lines) >= 3
+    for line in lines:
+        options = fcall.cli.parser().parse_args(shlex.split(line)[3:])
+        assert options.command.__name__ == line.split()[3]
 
 
 def test_tables_and_steps_on_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
