@@ -24,9 +24,9 @@ FILES = {
 """The path of each module of fcall, by its full name."""
 
 FLOORS = [
-    {"_torch", "identity", "routes", "scoped", "version"},
+    {"_torch", "identity", "prefixes", "routes", "scoped", "version"},
     {"errors", "deprecation", "batch_norm"},
-    {"binding", "meta", "refused", "rnn"},
+    {"binding", "meta", "refused", "rnn", "state"},
     {"mismatch"},
     {"substitution", "stacking"},
     {"plan"},
@@ -35,6 +35,8 @@ FLOORS = [
     {"program", "substitute", "stateless", "func", "ensemble"},
     {"functorch", "patch"},
     {"fcall"},  # the face
+    {"cli"},
+    {"__main__"},
 ]
 """From the bottom. A file imports from lower floors, and from its own folder."""
 

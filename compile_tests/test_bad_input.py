@@ -85,7 +85,7 @@ CASES: dict[str, Bad] = {
     "a read-only mapping": Bad(
         types.MappingProxyType({"foo": torch.zeros(())}),
         errors.ReadOnlyMappingError,
-        ["the module reassigned 'foo'", "(mappingproxy) is read-only", "Pass a dict."],
+        ["the module changes 'foo'", "(mappingproxy) is read-only", "Pass a dict"],
         Counter,
     ),
     # Names.

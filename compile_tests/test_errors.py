@@ -186,10 +186,10 @@ CASES = [
         TypeError,
         ("count", "mappingproxy"),
         [
-            "the module reassigned 'count', ",
+            "the module changes 'count', ",
             "but the mapping it came in (mappingproxy) is read-only, ",
             "so the new value cannot be written back. ",
-            "Pass a dict.",
+            "Pass a dict: dict(mapping), or dict(fcall.open_state(path)).",
         ],
     ),
     Case(
@@ -212,6 +212,45 @@ CASES = [
             "the module reassigns 'count', from (3,) to (4,). ",
             "An exported graph writes new state into the tensors it was given, ",
             "so shape and dtype have to stay the same.",
+        ],
+    ),
+    Case(
+        "MissingExtraError",
+        ImportError,
+        ("fcall.open_state", "safetensors", "state"),
+        [
+            "fcall.open_state needs the package 'safetensors', which is not installed: ",
+            "pip install 'fcall[state]'.",
+        ],
+    ),
+    Case(
+        "StateFileError",
+        ValueError,
+        ("w.safetensors", "header too small"),
+        [
+            "w.safetensors cannot be read as weights: header too small. ",
+            "open_state takes a .safetensors file, ",
+            "the .safetensors.index.json of a sharded one, ",
+            "or a folder with either.",
+        ],
+    ),
+    Case(
+        "UnknownPrefixError",
+        ValueError,
+        ("w.safetensors", "modul.", ["model.", "module."]),
+        [
+            "w.safetensors has no names with the prefix 'modul.' (did you mean 'module.'?). ",
+            "It has names with: ['model.', 'module.']. ",
+            "A prefix ends with a dot.",
+        ],
+    ),
+    Case(
+        "StateDtypeError",
+        TypeError,
+        ("torch.int8",),
+        [
+            "open_state(dtype=...) converts floating tensors to another floating dtype, ",
+            "such as torch.bfloat16, but got torch.int8.",
         ],
     ),
     Case(

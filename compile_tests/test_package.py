@@ -302,6 +302,22 @@ def test_a_package_for_another_place(
         fcall.load(new)
 
 
+def test_what_a_package_says_of_itself(
+    path: Path, tmp_path: Path, program: fcall.Program, runner: fcall.Runner
+) -> None:
+    elsewhere = lambda record: record["environment"].update(machine="m68k")  # noqa: E731
+    for file in (path, _changed_record(path, tmp_path / "new.pt2", elsewhere)):
+        info = fcall.package_info(file)
+        assert info.signature == program.signature
+        assert (info.path, info.size) == (file, file.stat().st_size)
+        assert info.version == fcall.__version__
+    assert fcall.package_info(path).environment == runner.environment
+    for broken in ({"title": "Net"}, [], {"inputs": [{}]}):
+        new = _changed_record(path, tmp_path / "new.pt2", lambda r, b=broken: r.update(signature=b))
+        with pytest.raises(errors.PackageDamagedError, match="record cannot be read"):
+            fcall.package_info(new)
+
+
 def test_files_that_are_no_packages(path: Path, tmp_path: Path, module: nn.Module) -> None:
     with pytest.raises(FileNotFoundError):
         fcall.load(tmp_path / "missing.pt2")

@@ -421,6 +421,29 @@ def test_the_signature() -> None:
     assert "p_l1_weight" in program.print_readable()
 
 
+class Nested(nn.Module):
+    def forward(self, x: Tensor, more: dict[str, Any], *, power: int = 1) -> Tensor:
+        return x**power + more["y"][0]
+
+
+def test_inputs_by_the_names_of_placeholders() -> None:
+    args, kwargs = (X, {"y": [X + 1, None]}), {"power": 2}
+    signature = fcall.trace(Nested(), {}, args, kwargs).signature
+    inputs = {"more_y_0": args[1]["y"][0], "x": X}
+    found_args, found_kwargs = signature.unflatten(inputs)
+    assert found_args[0] is X
+    assert found_args[1]["y"] == [inputs["more_y_0"], None]
+    assert found_kwargs == kwargs
+    flat = signature.flatten({}, found_args, found_kwargs, {})
+    assert [flat[0] is X, *flat[1:]] == [True, inputs["more_y_0"], None, 2]
+    with pytest.raises(errors.ProgramInputsError) as caught:
+        signature.unflatten({"x": X, "more_y": X, "power": X})
+    lines = (
+        "more_y_0: not given\n\tmore_y: not known (did you mean 'more_y_0'?)\n\tpower: not known"
+    )
+    assert str(caught.value).endswith(lines)
+
+
 def test_what_does_not_fit_is_refused_by_name() -> None:
     module = MLP()
     program = fcall.trace(module, state_of(module), X, {"scale": 2.0})

@@ -8,6 +8,7 @@ from fcall.meta import meta_copy
 from fcall.patch import patch_torch
 from fcall.program import (
     CompiledCall,
+    PackageInfo,
     Program,
     Runner,
     Signature,
@@ -15,20 +16,24 @@ from fcall.program import (
     export,
     load,
     package,
+    package_info,
     trace,
 )
 from fcall.routes import Route, record_routes
 from fcall.stacking import stack_module_state
+from fcall.state import State, open_state
 from fcall.substitute import substitute
 from fcall.version import __version__
 
 __all__ = [
     "CompiledCall",
     "Ensemble",
+    "PackageInfo",
     "Program",
     "Route",
     "Runner",
     "Signature",
+    "State",
     "__version__",
     "compile",
     "errors",
@@ -38,7 +43,9 @@ __all__ = [
     "functorch",
     "load",
     "meta_copy",
+    "open_state",
     "package",
+    "package_info",
     "patch_torch",
     "record_routes",
     "replace_all_batch_norm_modules_",

@@ -41,6 +41,12 @@ from fcall.errors.family import (
     UnlikeModelsError,
     ValuesCountError,
 )
+from fcall.errors.files import (
+    MissingExtraError,
+    StateDtypeError,
+    StateFileError,
+    UnknownPrefixError,
+)
 from fcall.errors.graphs import (
     BakedStateError,
     ExportedTransformError,
@@ -74,6 +80,7 @@ __all__ = [
     "LazyModuleError",
     "LossError",
     "MetaTensorError",
+    "MissingExtraError",
     "MissingValuesError",
     "MissingWeightsError",
     "ModelHasBuffersError",
@@ -95,6 +102,8 @@ __all__ = [
     "ReadOnlyMappingError",
     "SharedSlotError",
     "StateChangedError",
+    "StateDtypeError",
+    "StateFileError",
     "StrictKeysError",
     "TangentsError",
     "TiedValuesError",
@@ -102,6 +111,7 @@ __all__ = [
     "UnexpectedWeightsError",
     "UnknownMethodError",
     "UnknownPathError",
+    "UnknownPrefixError",
     "UnlikeModelsError",
     "UnsupportedModuleError",
     "ValuesCountError",

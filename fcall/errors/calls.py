@@ -166,9 +166,9 @@ class UnsupportedModuleError(FcallError, RuntimeError):
 
 
 class ReadOnlyMappingError(FcallError, TypeError):
-    """A reassigned tensor came in a mapping that is read-only. Details: name, mapping's type."""
+    """A changed tensor came in a mapping that is read-only. Details: name, mapping's type."""
 
     template = (
-        "the module reassigned {!r}, but the mapping it came in ({}) is read-only, so the new "
-        "value cannot be written back. Pass a dict."
+        "the module changes {!r}, but the mapping it came in ({}) is read-only, so the new value "
+        "cannot be written back. Pass a dict: dict(mapping), or dict(fcall.open_state(path))."
     )

@@ -53,10 +53,21 @@ class MissingWeightsError(FcallError, KeyError):
 
 
 class UnexpectedWeightsError(FcallError, KeyError):
-    """A graph was given values for unknown names. Details: what it computes, names, known names."""
+    """A graph was given unknown names. Details: what it computes, names, known names, prefix.
 
-    def describe(self, title: str, names: list[str], known: list[str]) -> str:
+    The prefix is one without which the names are known, or empty.
+    """
+
+    def describe(self, title: str, names: list[str], known: list[str], prefix: str = "") -> str:
         """Return the message."""
+        if prefix:
+            names = sorted(map(str, names))
+            first = ", ".join(map(repr, names[:3]))
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            return (
+                f"the graph of {title} has no inputs named {first}{more}; they would fit "
+                f"with the prefix {prefix!r} removed: open_state(path, prefix={prefix!r})."
+            )
         keys = ", ".join(f"{name!r}{nearest(str(name), known)}" for name in sorted(map(str, names)))
         return f"the graph of {title} has no inputs named {keys}. It has: {sorted(known)}."
 

@@ -2,6 +2,7 @@
 
 from fcall.program.compile import CompiledCall, compile
 from fcall.program.export import export
+from fcall.program.info import PackageInfo, package_info
 from fcall.program.package import Runner, load, package
 from fcall.program.program import Program
 from fcall.program.signature import Input, Signature
@@ -10,6 +11,7 @@ from fcall.program.trace import trace
 __all__ = [
     "CompiledCall",
     "Input",
+    "PackageInfo",
     "Program",
     "Runner",
     "Signature",
@@ -17,5 +19,6 @@ __all__ = [
     "export",
     "load",
     "package",
+    "package_info",
     "trace",
 ]

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 from torch import Tensor
 
+from fcall import errors
 from fcall.call import Weights, merge, write_back
 from fcall.program.signature import Signature
+from fcall.state import State, open_state
 
-__all__ = ["GraphCall"]
+__all__ = ["GraphCall", "WeightsOrPath"]
+
+Path = str | os.PathLike[str]
+WeightsOrPath = Weights | Path | Sequence[Mapping[str, Tensor] | Path]
+"""Values by name, where a path stands for the mapping that :func:`fcall.open_state` makes of it."""
 
 
 class GraphCall:
@@ -31,6 +38,26 @@ class GraphCall:
     def names(self) -> tuple[str, ...]:
         """The names of the weights, in the order of their placeholders."""
         return self.signature.names
+
+    def _opened(self, weights: WeightsOrPath) -> Weights:
+        """Return the values by name, with those on disk in place of paths."""
+        if isinstance(weights, (str, os.PathLike)):
+            return self._on_disk(weights)
+        if isinstance(weights, (list, tuple)):
+            return [
+                self._on_disk(part) if isinstance(part, (str, os.PathLike)) else part
+                for part in weights
+            ]
+        return cast("Weights", weights)
+
+    def _on_disk(self, path: Path) -> State:
+        """Open a file for one call, in which what the graph changes would be lost."""
+        state = open_state(path)
+        changed = [spec for spec in self.signature.weights if spec.changed]
+        lost = [name for spec in changed for name in (spec.name, *spec.tied) if name in state]
+        if lost:
+            errors.fail(errors.ReadOnlyMappingError, lost[0], State.__name__)
+        return state
 
     def _flatten(
         self, dicts: Weights, args: tuple[Any, ...], kwargs: Mapping[str, Any]

@@ -14,10 +14,9 @@ from torch.fx import Node
 from fcall import _torch, errors
 from fcall._torch import ahead
 from fcall.binding import TENSORS
-from fcall.call import Weights
 from fcall.program.archive import add_record, environment, read_record, refuse_other_environment
 from fcall.program.exported import export_traced
-from fcall.program.graph_call import GraphCall
+from fcall.program.graph_call import GraphCall, WeightsOrPath
 from fcall.program.program import Program
 from fcall.program.signature import Signature, evaluate
 
@@ -106,7 +105,9 @@ class Runner(GraphCall):
         self._outputs: list[dict[str, Any]] = record["outputs"]
         self._out_spec = _torch.pytree.treespec_loads(record["out_spec"])
 
-    def __call__(self, parameter_and_buffer_dicts: Weights, /, *args: Any, **kwargs: Any) -> Any:
+    def __call__(
+        self, parameter_and_buffer_dicts: WeightsOrPath, /, *args: Any, **kwargs: Any
+    ) -> Any:
         """Run the package, as :meth:`fcall.Program.__call__` runs a graph.
 
         There are no gradients, and it takes no part in transforms: for these, call the Program.
@@ -118,14 +119,15 @@ class Runner(GraphCall):
                 traced with (a ``ValueError``).
             FcallError: the others of :meth:`fcall.Program.__call__`.
         """
-        flat = self._flatten(parameter_and_buffer_dicts, args, kwargs)
+        weights = self._opened(parameter_and_buffer_dicts)
+        flat = self._flatten(weights, args, kwargs)
         sizes = self.signature.sizes(flat)
         self._check(flat, sizes)
         with torch.no_grad():
             tensors = iter(self._run([value for value in flat if isinstance(value, Tensor)]))
         leaves = [_output(described, tensors, sizes) for described in self._outputs]
         out, state = _torch.pytree.tree_unflatten(leaves, self._out_spec)
-        self._write_back(parameter_and_buffer_dicts, state)
+        self._write_back(weights, state)
         return out
 
     run = __call__

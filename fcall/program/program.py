@@ -15,10 +15,10 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
 from fcall import _torch, errors
-from fcall.call import Weights, refuse_transforms_in_export
+from fcall.call import refuse_transforms_in_export
 from fcall.program.derived import decomposed, joint, moved
 from fcall.program.exported import Traced, export_traced
-from fcall.program.graph_call import GraphCall
+from fcall.program.graph_call import GraphCall, WeightsOrPath
 
 __all__ = ["Program"]
 
@@ -48,14 +48,17 @@ class Program(GraphCall):
         """The graph. To change it, make a copy and pass that to :meth:`with_graph`."""
         return self._traced.graph_module
 
-    def __call__(self, parameter_and_buffer_dicts: Weights, /, *args: Any, **kwargs: Any) -> Any:
+    def __call__(
+        self, parameter_and_buffer_dicts: WeightsOrPath, /, *args: Any, **kwargs: Any
+    ) -> Any:
         """Run the graph.
 
         Args:
             parameter_and_buffer_dicts: Values by name, in one mapping or several, in any order.
                 Names with a default may be left out; of tied names one is enough. Mutated as by
                 :func:`fcall.functional_call`: tensors that the module changes in place, and entries
-                that it reassigns.
+                that it reassigns. A path in their place is that of a file for
+                :func:`fcall.open_state`, which each call opens.
             args: The positional arguments, nested as they were traced.
             kwargs: The keyword arguments.
 
@@ -65,12 +68,15 @@ class Program(GraphCall):
         Raises:
             FcallError: what is given does not fit :attr:`signature`, which
                 :meth:`Signature.flatten` has the classes for.
+            ReadOnlyMappingError: the module changes weights that were given as a path, or
+                reassigns those of a mapping that is read-only (a ``TypeError``).
         """
         refuse_transforms_in_export(self.__name__)
-        flat = self._flatten(parameter_and_buffer_dicts, args, kwargs)
+        weights = self._opened(parameter_and_buffer_dicts)
+        flat = self._flatten(weights, args, kwargs)
         outputs = self.graph_module(*flat)
         out, state = _torch.pytree.tree_unflatten(outputs, self._traced.out_spec)
-        self._write_back(parameter_and_buffer_dicts, state)
+        self._write_back(weights, state)
         return out
 
     def print_readable(self) -> str:

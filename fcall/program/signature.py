@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fcall import _torch, errors
+from fcall.prefixes import fitting_prefix
 
 __all__ = ["Input", "Signature", "Size", "evaluate"]
 
@@ -131,6 +132,29 @@ class Signature:
         self._check(flat)
         return flat
 
+    def unflatten(self, inputs: Mapping[str, Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return ``(args, kwargs)`` of what is no weight; constants are filled in.
+
+        Args:
+            inputs: The tensors, by the names of their placeholders.
+
+        Raises:
+            ProgramInputsError: one is missing, or not known.
+        """
+        specs = [spec for spec in self.inputs if not spec.is_weight]
+        known = [spec.placeholder for spec in specs if spec.kind == "input"]
+        problems = [f"{name}: not given" for name in known if name not in inputs]
+        problems += [
+            f"{name}: not known{errors.nearest(name, known)}"
+            for name in inputs
+            if name not in known
+        ]
+        if problems:
+            errors.fail(errors.ProgramInputsError, self.title, problems)
+        leaves = [s.value if s.kind == "constant" else inputs[s.placeholder] for s in specs]
+        args, kwargs = _torch.pytree.tree_unflatten(leaves, self.spec)
+        return args, kwargs
+
     def sizes(self, flat: Sequence[Any]) -> dict[str, int]:
         """Return the number for each dynamic size that is no expression."""
         return {
@@ -166,7 +190,8 @@ class Signature:
         if used < len(given):
             known = [name for spec in self.weights for name in (spec.name, *spec.tied)]
             unexpected = [name for name in given if name not in known]
-            errors.fail(errors.UnexpectedWeightsError, self.title, unexpected, known)
+            prefix = fitting_prefix(given, known)
+            errors.fail(errors.UnexpectedWeightsError, self.title, unexpected, known, prefix)
         if missing:
             errors.fail(errors.MissingWeightsError, self.title, missing)
         return weights
