@@ -194,7 +194,7 @@ def test_inspect_json(path: Path, folder: Path) -> None:
 def test_inspect_runs_nothing_of_the_package(
     path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with mock.patch("fcall._torch.load_aoti", side_effect=AssertionError):
+    with mock.patch("fcall._torch.ahead.load_aoti", side_effect=AssertionError):
         assert fcall.cli.main(["inspect", str(path)]) == 0
         elsewhere = mock.patch("fcall.program.archive.environment", side_effect=AssertionError)
         with elsewhere:

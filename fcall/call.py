@@ -10,7 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fcall import _torch, binding, eager, errors, operator, plan, routes, scoped, substitution
+from fcall import (
+    _torch,
+    binding,
+    eager,
+    errors,
+    identity,
+    operator,
+    plan,
+    routes,
+    scoped,
+    substitution,
+)
 from fcall.binding import check_values
 from fcall.mismatch import explain_mismatched_shapes
 from fcall.plan import find
@@ -190,7 +201,7 @@ def prepare(
         _torch.allow_rnns_in_this_trace()
         _torch.give_zero_tangents_storage_in_this_trace()
     refuse_unsupported(module, method)
-    refuse_transforms_in_export(type(module).__name__)
+    refuse_gradients_in_export(type(module).__name__)
     given = merge(dicts)
     names, values = tuple(given), tuple(given.values())
     originals: Sequence[Any] | None = None
@@ -274,12 +285,10 @@ def refuse_unsupported(module: nn.Module, method: str | None) -> None:
     errors.fail(errors.UnknownMethodError, name, method, dir(type(module)))
 
 
-def refuse_transforms_in_export(title: str) -> None:
-    """Refuse what torch.export records wrongly without a word, or not at all."""
-    if torch.compiler.is_exporting():
-        strict = torch.compiler.is_dynamo_compiling()
-        if _torch.in_functorch_transform() if strict else _torch.in_gradient_transform():
-            errors.fail(errors.ExportedTransformError, title)
+def refuse_gradients_in_export(title: str) -> None:
+    """Refuse what torch.export records wrongly without a word."""
+    if torch.compiler.is_exporting() and _torch.in_gradient_transform():
+        errors.fail(errors.ExportedGradientError, title)
 
 
 def _refuse_meta(module: nn.Module, own: list[str], values: list[str], given: Any) -> None:
@@ -297,10 +306,12 @@ _torch.start_no_graphs_in(
     eager.beside,
     eager.direct,
     eager.swap,
+    eager.traced,
+    identity,
     plan,
     routes,
     scoped,
     substitution,
     *(_call, _context, merge, prepare),
-    *(refuse_transforms_in_export, refuse_unsupported, write_back),
+    *(refuse_gradients_in_export, refuse_unsupported, write_back),
 )

@@ -49,7 +49,7 @@ from fcall.errors.files import (
 )
 from fcall.errors.graphs import (
     BakedStateError,
-    ExportedTransformError,
+    ExportedGradientError,
     GraphChangedError,
     LossError,
     MissingValuesError,
@@ -69,7 +69,7 @@ from fcall.errors.graphs import (
 __all__ = [
     "BakedStateError",
     "DuplicateNameError",
-    "ExportedTransformError",
+    "ExportedGradientError",
     "FcallError",
     "FcallWarning",
     "FunctionalizeOptionError",

@@ -6,7 +6,7 @@ from fcall.errors.base import FcallError, nearest
 
 __all__ = [
     "BakedStateError",
-    "ExportedTransformError",
+    "ExportedGradientError",
     "GraphChangedError",
     "LossError",
     "MissingValuesError",
@@ -117,14 +117,13 @@ class LossError(FcallError, ValueError):
     )
 
 
-class ExportedTransformError(FcallError, RuntimeError):
-    """A transform in an exported function that torch cannot export. Details: what is called."""
+class ExportedGradientError(FcallError, RuntimeError):
+    """Gradients are taken inside of an exported function. Details: what is called."""
 
     template = (
-        "{} is called in a transform while torch.export records. torch.export takes values of the "
-        "examples for constants in grad, vjp, jacrev and hessian, so that the graph would be wrong "
-        "for all others, and with strict=True fails in all transforms; strict=False exports vmap, "
-        "jvp and jacfwd. For gradients trace first, and export the traced graph: "
+        "{} is called in grad, vjp, jacrev or hessian while torch.export records, which takes the "
+        "values of the examples for constants there, and would make a graph that is wrong for all "
+        "others. Trace first, and export the traced graph: "
         "fcall.trace(module, params, args).joint(loss).exported(); or for any function f "
         "torch.export.export(make_fx(f)(*args), args), make_fx from "
         "torch.fx.experimental.proxy_tensor."

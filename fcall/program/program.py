@@ -15,7 +15,7 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
 from fcall import _torch, errors
-from fcall.call import refuse_transforms_in_export
+from fcall.call import refuse_gradients_in_export
 from fcall.program.derived import decomposed, joint, moved
 from fcall.program.exported import Traced, export_traced
 from fcall.program.graph_call import GraphCall, WeightsOrPath
@@ -71,7 +71,7 @@ class Program(GraphCall):
             ReadOnlyMappingError: the module changes weights that were given as a path, or
                 reassigns those of a mapping that is read-only (a ``TypeError``).
         """
-        refuse_transforms_in_export(self.__name__)
+        refuse_gradients_in_export(self.__name__)
         weights = self._opened(parameter_and_buffer_dicts)
         flat = self._flatten(weights, args, kwargs)
         outputs = self.graph_module(*flat)

@@ -71,7 +71,7 @@ class _SubstituteVariable(_Variable):
         placement = args[0].realize().value
         try:
             return self._trace(tx, placement, *args[1:])
-        except (dynamo.Unsupported, dynamo.TorchRuntimeError, _ImpossibleError) as error:
+        except (dynamo.Unsupported, *dynamo.of_operations, _ImpossibleError) as error:
             placement.is_possible = False
             tx.speculation_log.clear()  # the next attempt goes another way from the start
             reason = "fcall: trace functional_call"
