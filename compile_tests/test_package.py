@@ -22,6 +22,7 @@ import fcall
 from compile_tests.support.oracle import assert_close, loaded, state_of
 from compile_tests.support.threads import run
 from fcall import errors
+from fcall.program.archive import record_digest
 
 pytestmark = [pytest.mark.compiled, pytest.mark.inductor]
 
@@ -269,12 +270,16 @@ def test_a_file_that_was_changed(path: Path, tmp_path: Path, part: str) -> None:
         fcall.load(tmp_path / "bits.pt2")
 
 
-def _changed_record(path: Path, new: Path, change: Callable[[dict[str, Any]], None]) -> Path:
+def _changed_record(
+    path: Path, new: Path, change: Callable[[dict[str, Any]], None], *, with_digest: bool = True
+) -> Path:
     def rewrite(name: str, content: bytes) -> bytes:
         if not name.endswith("record.json"):
             return content
         record = json.loads(content)
         change(record)
+        if with_digest:
+            record["digest"] = record_digest(record)
         return json.dumps(record).encode()
 
     return _rewritten(path, new, rewrite)
@@ -316,6 +321,15 @@ def test_what_a_package_says_of_itself(
         new = _changed_record(path, tmp_path / "new.pt2", lambda r, b=broken: r.update(signature=b))
         with pytest.raises(errors.PackageDamagedError, match="record cannot be read"):
             fcall.package_info(new)
+
+
+@pytest.mark.parametrize("part", ["signature", "out_spec", "environment", "files"])
+def test_a_record_that_was_changed(path: Path, tmp_path: Path, part: str) -> None:
+    new = _changed_record(
+        path, tmp_path / "new.pt2", lambda record: record.pop(part), with_digest=False
+    )
+    with pytest.raises(errors.PackageDamagedError, match="its record was changed"):
+        fcall.load(new)
 
 
 def test_files_that_are_no_packages(path: Path, tmp_path: Path, module: nn.Module) -> None:

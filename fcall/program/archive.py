@@ -1,7 +1,7 @@
 """The record that fcall keeps in an AOTInductor package: written, read back, and verified.
 
 A package is a zip file. Beside what torch writes it holds ``fcall/record.json``, with a digest of
-each other file, and ``fcall/defaults.pt``. Reading them runs no code of the package.
+each other file and of itself, and ``fcall/defaults.pt``. Reading them runs no code of the package.
 """
 
 from __future__ import annotations
@@ -21,7 +21,13 @@ from torch import Tensor
 from fcall import errors
 from fcall.version import __version__
 
-__all__ = ["add_record", "environment", "read_record", "refuse_other_environment"]
+__all__ = [
+    "add_record",
+    "environment",
+    "read_record",
+    "record_digest",
+    "refuse_other_environment",
+]
 
 FORMAT = 1
 RECORD, DEFAULTS = "fcall/record.json", "fcall/defaults.pt"
@@ -39,7 +45,7 @@ def add_record(path: Path, record: Mapping[str, Any], defaults: Mapping[str, Ten
         archive.writestr(f"{root}/{DEFAULTS}", kept.getvalue())
         digests = {info.filename: _digest(archive, info) for info in archive.infolist()}
         record = {"format": FORMAT, "fcall": __version__, **record, "files": digests}
-        text = json.dumps(record, indent=1)
+        text = json.dumps({**record, "digest": record_digest(record)}, indent=1)
         archive.writestr(f"{root}/{RECORD}", text)
 
 
@@ -60,6 +66,8 @@ def read_record(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             if record["format"] != FORMAT:
                 found = f"its format is {record['format']}, this fcall reads {FORMAT}"
                 errors.fail(errors.NotAPackageError, str(path), found)
+            if record["digest"] != record_digest(record):
+                errors.fail(errors.PackageDamagedError, str(path), "its record was changed")
             _verify(archive, record["files"], path)
             kept = io.BytesIO(archive.read(f"{root}/{DEFAULTS}"))
     except zipfile.BadZipFile as error:
@@ -72,6 +80,12 @@ def read_record(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             raise
         errors.fail(errors.PackageDamagedError, str(path), f"its record cannot be read ({error})")
     return record, torch.load(kept, weights_only=True)
+
+
+def record_digest(record: Mapping[str, Any]) -> str:
+    """Return the digest of all else in a record."""
+    rest = {key: value for key, value in record.items() if key != "digest"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def environment(device: torch.device) -> dict[str, Any]:
