@@ -23,11 +23,13 @@ Run = Callable[[dict[str, Tensor], Tensor], Any]
 
 
 def _can_be_a_graph(module: nn.Module) -> bool:
-    """Whether no result depends on how often it is called, other than by buffers."""
-    return not any(
-        isinstance(m, Calls)
-        or (isinstance(m, nn.BatchNorm1d) and m.momentum is None and m.training)
-        for m in module.modules()
+    """Whether it keeps no count outside of buffers, and torch makes the right graph of it."""
+    norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm1d)]
+    return not (
+        any(isinstance(m, Calls) for m in module.modules())
+        or any(norm.momentum is None and norm.training for norm in norms)
+        # One tensor written twice: torch's own decomposition loses one of the two.
+        or any(norm.running_mean is norm.running_var for norm in norms)
     )
 
 
