@@ -182,3 +182,30 @@ def test_an_export_during_a_call() -> None:
     assert_close(own.module()(X), module.child(X))
     out = program.module()(values, X)
     assert_close(out, loaded(module.child, values)(X.double()), dtype=torch.float32)
+
+
+def test_a_call_compiled_ahead_during_a_call_is_not_for_those_in_it() -> None:
+    module = MLP()
+    f = fcall.compile(module, backend="eager")
+    given = {"l1.weight": torch.rand(4, 3)}
+
+    class Calls(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = module
+
+        def forward(self, x: Tensor) -> Any:
+            return f(given, x)
+
+    outer = Calls()
+    frozen = {name: v for name, v in state_of(outer, seed=1).items() if "l2" in name}
+    pauses = Pauses(outer)
+    with paused(pauses, {f"child.{name}": v for name, v in frozen.items()}, X) as call:
+        expected = loaded(module, given)(X.double())
+        for _ in range(3):  # compiled on dicts in which the other thread sees its values
+            assert_close(f(given, X), expected, dtype=torch.float32)
+        out = call.finish()
+    own = {name.removeprefix("inner."): value for name, value in frozen.items()}
+    expected = loaded(module, {**given, **own})(X.double())
+    assert_close(out, expected, dtype=torch.float32)
+    assert out.requires_grad  # l1.bias is the module's own

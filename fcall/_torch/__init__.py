@@ -383,6 +383,8 @@ def trace_as_plain_dict(
             root = builder.guard_manager.root
             root.add_lambda_guard(check, [f"fcall: {problem}"], guard.user_stack)
 
+        guard.is_always_needed = True  # type: ignore[attr-defined]
+
         def build(builder: Any, value: Any) -> Any:
             if not is_plain(value):
                 raise Unsupported(problem)

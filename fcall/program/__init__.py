@@ -1,4 +1,14 @@
-"""Calls prepared ahead of time: compiled, traced, exported, packaged."""
+"""Calls prepared ahead of time: compiled, traced, exported, packaged.
+
+=====================  ============================================================================
+``compile``            ``compile``; then ``fast`` (what a call checks), ``frames`` and ``traced``
+                       (what Dynamo compiles, and how it traces that), ``structure``, ``inductor``;
+                       on disk: ``cache``, ``record``, ``sources``
+``trace``, ``export``  ``caller`` (the module as torch.export is to see it), ``exported`` (from its
+                       programs to flat graphs, and back), ``signature``, ``program``, ``derived``
+``package``, ``load``  ``archive`` (what is kept in the file), ``graph_call``, ``info``
+=====================  ============================================================================
+"""
 
 from fcall.program.compile import CompiledCall, compile
 from fcall.program.export import export

@@ -203,10 +203,16 @@ class Frame:
                     # guards against that are part of those on the weights.
                     return [True] * len(entries)
                 keep.append(not of_weight and id(value) not in substituted)
-            else:  # fcall's own guard is that names lead to the same slots
-                home = getattr(entry.orig_guard.create_fn, "__module__", "")
-                keep.append(not home.startswith("fcall.") and OWN_GLOBALS not in entry.name)
+            else:
+                keep.append(not _is_own(entry.orig_guard) and OWN_GLOBALS not in entry.name)
         return keep
+
+
+def _is_own(guard: Any) -> bool:
+    """Whether it is fcall's, that names lead to the same slots."""
+    create = guard.create_fn
+    is_always_needed = getattr(create, "is_always_needed", False)  # of dicts that others see else
+    return getattr(create, "__module__", "").startswith("fcall.") and not is_always_needed
 
 
 def _is_one_graph(code: CodeType) -> bool:
