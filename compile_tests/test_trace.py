@@ -145,7 +145,7 @@ def test_sizes_that_belong_together() -> None:
     assert_close(program(p, *given), on_float32(module, p, *given), dtype=torch.float32)
     with pytest.raises(errors.ProgramInputsError, match=r"^.*\n\ty: expected"):
         program(p, given[0], torch.rand(6, 3), given[2])
-    with pytest.raises(errors.ProgramInputsError, match="has to be 10, and is 9"):
+    with pytest.raises(errors.ProgramInputsError, match="has to be 10, not 9"):
         program(p, *given[:2], torch.rand(9))
 
 
@@ -219,6 +219,7 @@ def test_nothing_of_the_module_stays_alive() -> None:
 # --- where it can be used -----------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")
 def test_transforms() -> None:
     module, program = traced_mlp()
     p = {name: value.double() for name, value in state_of(module, seed=1).items()}

@@ -287,7 +287,7 @@ def refuse_unsupported(module: nn.Module, method: str | None) -> None:
 
 def refuse_gradients_in_export(title: str) -> None:
     """Refuse what torch.export records wrongly without a word."""
-    if torch.compiler.is_exporting() and _torch.in_gradient_transform():
+    if _torch.exports_gradients():
         errors.fail(errors.ExportedGradientError, title)
 
 

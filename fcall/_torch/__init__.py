@@ -43,11 +43,11 @@ __all__ = [
     "dynamo",
     "dynamo_is_imported",
     "evaluated_while_tracing",
+    "exports_gradients",
     "functional_calls",
     "give_zero_tangents_storage_in_this_trace",
     "has_preserved_node_meta",
     "in_functorch_transform",
-    "in_gradient_transform",
     "in_proxy_mode",
     "in_vmap_or_forward_mode",
     "lambda_guard",
@@ -133,9 +133,10 @@ def _transforms() -> set[Any]:
 
 
 @evaluated_while_tracing
-def in_gradient_transform() -> bool:
-    """Whether grad, vjp or what is made of them is running around the caller."""
-    return not OPERATOR_PROBLEM and _grad in _transforms()
+def exports_gradients() -> bool:
+    """Whether grad, vjp or what is made of them runs around the caller, and ``torch.export``."""
+    # Asked in a trace of torch 2.11, is_exporting() is true of torch.compile, too.
+    return torch.compiler.is_exporting() and not OPERATOR_PROBLEM and _grad in _transforms()
 
 
 def runs_pre_dispatch(operator: HigherOrderOperator, operands: tuple[Any, ...]) -> bool:

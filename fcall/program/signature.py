@@ -10,7 +10,7 @@ import dataclasses
 import math
 import operator
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -225,19 +225,21 @@ class Signature:
             for size, expected in zip(value.shape, spec.shape)
         )
 
-    def _size_problems(self, flat: Sequence[Any], sizes: dict[str, int]) -> Iterable[str]:
+    def _size_problems(self, flat: Sequence[Any], sizes: dict[str, int]) -> list[str]:
+        problems = []
         for name, size in sizes.items():
             low, high = self.ranges.get(name, (0, None))
             if size < low or (high is not None and size > high):
-                users = [s.name for s in self.inputs if name in s.shape]
+                users = ", ".join([s.name for s in self.inputs if name in s.shape])
                 limit = "or more" if high is None else f"to {high}"
-                yield f"{', '.join(users)}: {name} has to be {low} {limit}, and is {size}"
+                problems.append(f"{users}: {name} has to be {low} {limit}, and is {size}")
         for spec, value in zip(self.inputs, flat):
             for size, expected in zip(getattr(value, "shape", ()), spec.shape):
                 if isinstance(expected, str) and not expected.isidentifier():
                     number = evaluate(expected, sizes)
                     if number != size:
-                        yield f"{spec.name}: {expected} has to be {number}, and is {size}"
+                        problems.append(f"{spec.name}: {expected} has to be {number}, not {size}")
+        return problems
 
     def to_json(self) -> dict[str, Any]:
         """Return what :meth:`from_json` makes the same of."""
