@@ -359,6 +359,23 @@ def test_the_module_is_not_needed_afterwards() -> None:
     assert_close(program.module()(p, x), expected)
 
 
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_dynamo_may_read_the_code(name: str) -> None:
+    """torch.export's strict mode."""
+    module, x = EXAMPLES[name]()
+    with unchanged(module):
+        program = fcall.export(module, state_of(module), x, export_strict=True)
+    inputs_of(program)
+    assert not program.graph.find_nodes(op="get_attr")  # of no operator's body
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer)
+    buffer.seek(0)
+    values, twin = state_of(module, seed=1), loaded(module, state_of(module, seed=1))
+    out = torch.export.load(buffer).module()(values, x)
+    assert_close(out, twin(in_float64(x)), dtype=torch.float32)
+    assert_close(values, dict((*twin.named_parameters(), *twin.named_buffers())))
+
+
 def test_nested_arguments_and_two_dynamic_sizes() -> None:
     class Nested(nn.Linear):
         def forward(

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 from torch.export import Dim
 
 import fcall
@@ -286,6 +287,22 @@ def test_a_large_module_on_meta() -> None:
     assert count > 60e9
     program = fcall.trace(module, dict(module.named_parameters()), x)
     assert program({**dict(module.named_parameters())}, x).shape == (1, 16, 7_500_000)
+
+
+def test_fake_tensors() -> None:
+    module = MLP()
+    shapes = {name: value.shape for name, value in state_of(module).items()}
+
+    def fakes() -> tuple[dict[str, Tensor], Tensor]:
+        with FakeTensorMode():
+            return {name: torch.empty(shape) for name, shape in shapes.items()}, torch.empty(4, 3)
+
+    program = fcall.trace(module, *fakes())
+    p = state_of(module, seed=1)
+    assert_close(program(p, X), on_float32(module, p, X), dtype=torch.float32)
+    values, x = fakes()
+    with x.fake_mode:  # type: ignore[attr-defined]
+        assert program(values, x).shape == (4, 2)
 
 
 def test_on_another_device() -> None:

@@ -124,8 +124,10 @@ def call_inlined(
 ) -> Any:
     """Do as :func:`functional_call`, but never as an operator: for a graph that needs no border.
 
-    Nor are the calls as operators that the module makes. Not to be traced by Dynamo.
+    Nor are the calls as operators that the module makes. Where Dynamo traces it, it is one.
     """
+    if torch.compiler.is_dynamo_compiling():
+        return _call(module, weights, args, kwargs, tie_weights, False, method)
     token = _inlines.set(True)
     try:
         return _call(module, weights, args, kwargs, tie_weights, False, method)

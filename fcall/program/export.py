@@ -28,6 +28,7 @@ def export(
     tie_weights: bool = True,
     strict: bool = False,
     method: str | None = None,
+    export_strict: bool = False,
 ) -> ExportedProgram:
     """Export a call of ``module`` with its parameters and buffers as inputs of the graph.
 
@@ -48,6 +49,8 @@ def export(
         tie_weights: As for :func:`fcall.functional_call`.
         strict: As for :func:`fcall.functional_call`.
         method: The method to export; ``None`` is the module itself, with its hooks.
+        export_strict: As ``strict`` of ``torch.export.export``: whether Dynamo reads the code of
+            the module, and what is no graph is an error. The graph is functional then.
 
     Returns:
         A program whose inputs are all user inputs. State that the module mutates or reassigns is
@@ -85,10 +88,12 @@ def export(
         dynamic_shapes = {caller.weights_name: dict.fromkeys(params), **dynamic_shapes}
     elif dynamic_shapes is not None:
         dynamic_shapes = (dict.fromkeys(params), *dynamic_shapes)
-    return torch.export.export(
+    exported = torch.export.export(
         caller,
         (params, *args),
         dict(kwargs or {}),
         dynamic_shapes=dynamic_shapes,
-        strict=False,
+        strict=export_strict,
     )
+    # Dynamo makes an operator of the call, which is put in line.
+    return exported.run_decompositions({}) if export_strict else exported
