@@ -51,8 +51,17 @@ def test_compiled_modules(where: str) -> None:
 
     with unchanged(module), switching():
         own = module(x)
+
+        def plainly() -> None:
+            try:
+                out = module(x)
+            except AssertionError as error:  # of Dynamo's; see docs/semantics.md
+                assert "Guard" in str(error)  # noqa: PT017
+            else:
+                assert_close(out, own)
+
         callers = [calls(seed) for seed in range(8)]
-        run_beside([lambda: assert_close(module(x), own)], *callers)
+        run_beside([plainly], *callers)
     assert own_dicts(inner)
 
 
