@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 from fcall import errors
 from fcall.call import call_inlined
@@ -54,6 +56,33 @@ class Caller(nn.Module):
         forward.__signature__ = inspect.Signature([weights, *inputs])  # type: ignore[attr-defined]
         self.forward = forward
 
+    def export(
+        self,
+        weights: dict[str, Tensor],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        dynamic_shapes: Mapping[str, Any] | Sequence[Any] | None,
+        *,
+        strict: bool = False,
+    ) -> ExportedProgram:
+        """Return what ``torch.export`` makes of a call; the sizes of the weights are fixed.
+
+        Args:
+            weights: Examples by name.
+            args: Examples.
+            kwargs: Examples.
+            dynamic_shapes: Of ``args`` and ``kwargs`` alone.
+            strict: As for ``torch.export.export``.
+        """
+        shapes: dict[str, Any] | tuple[Any, ...] | None = None
+        if isinstance(dynamic_shapes, Mapping):
+            shapes = {self.weights_name: dict.fromkeys(weights), **dynamic_shapes}
+        elif dynamic_shapes is not None:
+            shapes = (dict.fromkeys(weights), *dynamic_shapes)
+        return torch.export.export(
+            self, (weights, *args), kwargs, dynamic_shapes=shapes, strict=strict
+        )
+
     def arg_names(self, count: int) -> tuple[str, ...]:
         """Return names for ``count`` positional arguments after the weights."""
         more = [f"args_{i}" for i in range(count)]
@@ -76,7 +105,7 @@ def output_and_state(
 
 
 def unused_name(used: Collection[str]) -> str:
-    """Return a name for the weights; see ``__init__`` for what it is good for."""
+    """Return a name for the argument that holds the weights."""
     name = "p"
     while name in used:
         name = "weights" if name == "p" else name + "_"

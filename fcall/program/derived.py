@@ -24,15 +24,12 @@ def decomposed(traced: Traced, table: Mapping[Any, Callable[..., Any]] | None) -
     """Return the same in the operators that ``table`` leaves; by default in ATen core."""
     exported = export_traced(traced)
     exported = exported.run_decompositions(None if table is None else dict(table))
-    graph_module, signature = traced_again(exported, traced.signature)
-    return Traced(graph_module, signature, traced.out_spec)
+    return traced_again(exported, traced)
 
 
 def moved(traced: Traced, device: torch.device) -> Traced:
     """Return the same on another device, with copies of its constants there."""
-    exported = move_to_device_pass(export_traced(traced), device)
-    graph_module, signature = traced_again(exported, traced.signature)
-    return Traced(graph_module, signature, traced.out_spec)
+    return traced_again(move_to_device_pass(export_traced(traced), device), traced)
 
 
 def joint(
@@ -53,7 +50,7 @@ def joint(
     """
     before = traced.signature
     names = _differentiable(before, names)
-    signature = _with_targets(before, targets)
+    forward = traced._replace(signature=_with_targets(before, targets))
 
     def loss_of(attached: Collection[str]) -> Callable[..., Any]:
         def finish(
@@ -68,7 +65,6 @@ def joint(
         return finish
 
     def exported_with(attached: Collection[str]) -> ExportedProgram:
-        forward = traced._replace(signature=signature)
         finish, extra = loss_of(attached), len(targets)
         exported = export_traced(forward, finish, needs_grad=names, extra=extra)
         return ahead.with_backward(exported) if names else exported.run_decompositions()
@@ -77,7 +73,7 @@ def joint(
         exported = exported_with(_without_effect(traced, names))
     except AssertionError:  # one has no gradient for a reason that the graph does not tell
         exported = exported_with(names)
-    graph_module, signature = traced_again(exported, signature)
+    graph_module, signature, _ = traced_again(exported, forward)
     state = traced.out_spec.child(1)
     [output] = graph_module.graph.find_nodes(op="output")
     value, *rest = output.args[0]

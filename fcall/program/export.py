@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import nn
 from torch.export import ExportedProgram
 
@@ -84,16 +83,6 @@ def export(
     check_values(module, params, binding.same, tie_weights=tie_weights)
     params = first_of_ties(params, binding)
     caller = Caller(module, method, output_only, tie_weights=tie_weights, kwargs_names=kwargs or {})
-    if isinstance(dynamic_shapes, Mapping):
-        dynamic_shapes = {caller.weights_name: dict.fromkeys(params), **dynamic_shapes}
-    elif dynamic_shapes is not None:
-        dynamic_shapes = (dict.fromkeys(params), *dynamic_shapes)
-    exported = torch.export.export(
-        caller,
-        (params, *args),
-        dict(kwargs or {}),
-        dynamic_shapes=dynamic_shapes,
-        strict=export_strict,
-    )
+    exported = caller.export(params, args, dict(kwargs or {}), dynamic_shapes, strict=export_strict)
     # Dynamo makes an operator of the call, which is put in line.
     return exported.run_decompositions({}) if export_strict else exported

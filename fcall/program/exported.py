@@ -159,17 +159,17 @@ def export_traced(
     sizes = [_dynamic_sizes(spec, signature) for spec in signature.inputs]
     of_args, of_kwargs = _torch.pytree.tree_unflatten(sizes[count:], signature.spec)
     dynamic_shapes = {**dict(zip(names, (dict(zip(weights, sizes)), *of_args))), **of_kwargs}
-    exported = torch.export.export(
+    return torch.export.export(
         caller, (weights, *args), kwargs, dynamic_shapes=dynamic_shapes, strict=False
     )
-    return exported
 
 
-def traced_again(exported: ExportedProgram, before: Signature) -> tuple[GraphModule, Signature]:
-    """Return the graph of what was made of :func:`export_traced`, and its signature.
+def traced_again(exported: ExportedProgram, traced: Traced) -> Traced:
+    """Return the graph of what was made of :func:`export_traced` of ``traced``.
 
-    Both with the names that there were before, but for those of dynamic sizes.
+    With the names that there were before, but for those of dynamic sizes.
     """
+    before = traced.signature
     graph_module = graph_of(exported)
     found = inputs_of(graph_module)
     hints: dict[str, int] = {}
@@ -184,10 +184,10 @@ def traced_again(exported: ExportedProgram, before: Signature) -> tuple[GraphMod
     for node, name in zip(graph_module.graph.find_nodes(op="placeholder"), before.placeholders):
         _rename(graph_module.graph, node, name)
     graph_module.recompile()
-    ranges = ranges_of(exported)
-    return graph_module, dataclasses.replace(
-        before, inputs=tuple(inputs), ranges=ranges, hints=hints
+    signature = dataclasses.replace(
+        before, inputs=tuple(inputs), ranges=ranges_of(exported), hints=hints
     )
+    return Traced(graph_module, signature, traced.out_spec)
 
 
 def _examples(signature: Signature, needs_grad: Collection[str]) -> list[Any]:

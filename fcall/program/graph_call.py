@@ -54,7 +54,7 @@ class GraphCall:
         """Open a file for one call, in which what the graph changes would be lost."""
         state = open_state(path)
         changed = [spec for spec in self.signature.weights if spec.changed]
-        lost = [name for spec in changed for name in (spec.name, *spec.tied) if name in state]
+        lost = [name for spec in changed for name in spec.names if name in state]
         if lost:
             errors.fail(errors.ReadOnlyMappingError, lost[0], State.__name__)
         return state

@@ -51,6 +51,11 @@ class Input:
     """Whether it can be left out."""
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """All names of a weight, tied ones too."""
+        return self.name, *self.tied
+
+    @property
     def is_weight(self) -> bool:
         """Whether it is given by name."""
         return self.kind in ("parameter", "buffer")
@@ -166,17 +171,12 @@ class Signature:
 
     def given_names(self, given: Mapping[str, Any]) -> dict[str, list[str]]:
         """Return for each of :attr:`names` those under which it is given."""
-        return {
-            spec.name: [name for name in (spec.name, *spec.tied) if name in given]
-            for spec in self.weights
-        }
+        return {spec.name: [name for name in spec.names if name in given] for spec in self.weights}
 
     def _weights(self, given: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[Any]:
         weights, missing, used = [], [], 0
-        for spec in self.inputs:
-            if not spec.is_weight:
-                continue
-            names = [name for name in (spec.name, *spec.tied) if name in given]
+        for spec in self.weights:
+            names = [name for name in spec.names if name in given]
             used += len(names)
             if names:
                 value = given[names[0]]
@@ -188,7 +188,7 @@ class Signature:
             else:
                 missing.append(spec.name)
         if used < len(given):
-            known = [name for spec in self.weights for name in (spec.name, *spec.tied)]
+            known = [name for spec in self.weights for name in spec.names]
             unexpected = [name for name in given if name not in known]
             prefix = fitting_prefix(given, known)
             errors.fail(errors.UnexpectedWeightsError, self.title, unexpected, known, prefix)

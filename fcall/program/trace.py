@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
@@ -84,13 +83,7 @@ def trace(
     rest = _copies(module, [slot.name for slot in binding.kept], tie_weights=tie_weights)
     weights |= rest
     caller = Caller(module, method, output_and_state, tie_weights=tie_weights, kwargs_names=kwargs)
-    if isinstance(dynamic_shapes, Mapping):
-        dynamic_shapes = {caller.weights_name: dict.fromkeys(weights), **dynamic_shapes}
-    elif dynamic_shapes is not None:
-        dynamic_shapes = (dict.fromkeys(weights), *dynamic_shapes)
-    exported = torch.export.export(
-        caller, (weights, *args), kwargs, dynamic_shapes=dynamic_shapes, strict=False
-    )
+    exported = caller.export(weights, args, kwargs, dynamic_shapes)
     exported.example_inputs = None
     out_spec = exported.call_spec.out_spec
     written = _written(exported)
