@@ -123,22 +123,22 @@ $(BIN)/python: | need-python
 $(VENV)/.installed-base: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "fcall: installing pip and the build backend"
 	@$(PIP_INSTALL) --upgrade pip
-	@$(PIP_INSTALL) hatchling editables
+	@$(PIP_INSTALL) setuptools
 	@echo "fcall: installing torch (large: this can take minutes)"
 	@$(PIP_INSTALL) torch
 	@touch $@
 
-$(VENV)/.installed-%: $(VENV)/.installed-base pyproject.toml constraints.txt
+$(VENV)/.installed-%: $(VENV)/.installed-base pyproject.toml constraints.txt fcall/_passes.c
 	@echo "fcall: installing fcall for editing, with what '$*' needs"
 	@$(PIP_INSTALL) --no-build-isolation -e '.[$(EXTRAS_$*)]'
 	@touch $@
 
 # From the same pins, but for those of the packages that only the peers need.
-$(PEERS_VENV)/.installed: pyproject.toml constraints.txt perf/peers.txt | $(BIN)/python
+$(PEERS_VENV)/.installed: pyproject.toml constraints.txt perf/peers.txt fcall/_passes.c | $(BIN)/python
 	@echo "fcall: making $(PEERS_VENV), with torch, tensordict and JAX (large: this can take minutes)"
 	@$(PYTHON) -m venv $(PEERS_VENV)
 	@$(PEERS_VENV)/bin/python -m pip install -qq -c constraints.txt --upgrade pip
-	@$(PEERS_VENV)/bin/python -m pip install -qq -c constraints.txt hatchling editables torch
+	@$(PEERS_VENV)/bin/python -m pip install -qq -c constraints.txt setuptools torch
 	@$(PEERS_VENV)/bin/python -m pip install -qq -c constraints.txt -r perf/peers.txt
 	@$(PEERS_VENV)/bin/python -m pip install -qq -c constraints.txt --no-build-isolation -e '.[perf]'
 	@touch $@

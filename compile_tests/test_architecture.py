@@ -24,8 +24,9 @@ FILES = {
 """The path of each module of fcall, by its full name."""
 
 FLOORS = [
-    {"_torch", "identity", "prefixes", "routes", "scoped", "version"},
-    {"errors", "deprecation", "batch_norm"},
+    {"_torch", "identity", "prefixes", "routes", "version"},
+    {"passes", "deprecation", "batch_norm", "errors"},
+    {"scoped"},
     {"binding", "meta", "refused", "rnn", "state"},
     {"mismatch"},
     {"substitution", "stacking"},

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from compile_tests.support.threads import in_a_thread, run_beside, switching
-from fcall.scoped import ABSENT, Scope, ScopedCache, ScopedDict, count, own_dict
+from fcall.passes import ABSENT
+from fcall.scoped import Scope, ScopedCache, ScopedDict, count, own_dict
 
 
 def owner_of(entries: dict[str, Any]) -> nn.Module:

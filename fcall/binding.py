@@ -12,7 +12,6 @@ traces :func:`bind` itself, which is why it is simple code.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -21,10 +20,12 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.nn.utils.parametrize import is_parametrized
 
 from fcall import errors
+from fcall.passes import are_plain
 
 __all__ = [
     "Binding",
     "Slot",
+    "are_real_tensors",
     "bind",
     "bind_for_graph",
     "check_values",
@@ -80,15 +81,18 @@ class Binding(NamedTuple):
     """Paths of submodules that keep a second list of their weights."""
 
 
-_is_meta = attrgetter("is_meta")
-
-TENSORS = {torch.Tensor, nn.Parameter}
+TENSORS = (torch.Tensor, nn.Parameter)
 """The classes of nearly all values."""
 
 
 def is_tensor_like(value: Any) -> bool:
     """Whether ``value`` is a tensor or overrides torch functions as one does."""
     return isinstance(value, torch.Tensor) or hasattr(type(value), "__torch_function__")
+
+
+def are_real_tensors(values: Sequence[Any]) -> bool:
+    """Whether all are plain tensors or parameters, and none is on meta."""
+    return are_plain(values, TENSORS, torch.Tensor.is_meta)
 
 
 def owner_at(module: nn.Module, path: str) -> nn.Module:
@@ -290,9 +294,8 @@ def check_values(
         SharedSlotError: two paths to one submodule have different values, ``tie_weights=False``.
         TiedValuesError: tied names have different values.
     """
-    values = given.values()
-    of_torch = TENSORS.issuperset(map(type, values))
-    if not of_torch:
+    are_real = not torch.compiler.is_dynamo_compiling() and are_real_tensors([*given.values()])
+    if not are_real and not {*TENSORS}.issuperset(map(type, given.values())):
         for name, value in given.items():
             if not is_tensor_like(value):
                 errors.fail(errors.NotATensorError, name, type(value).__name__)
@@ -301,11 +304,7 @@ def check_values(
         if any(given[name] is not first for name in group):
             error = errors.TiedValuesError if tie_weights else errors.SharedSlotError
             errors.fail(error, sorted(group), type(module).__name__)
-    if (
-        of_torch
-        and not torch.compiler.is_dynamo_compiling()
-        and not any(map(_is_meta, values))  # no bytecode a value
-    ):
+    if are_real:
         return []
     # As a device, which leaves nothing in a traced graph.
     tensors = [(name, value) for name, value in given.items() if isinstance(value, torch.Tensor)]

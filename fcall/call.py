@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, MutableMapping, Sequence
 from contextvars import ContextVar
-from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 
 from fcall import (
     _torch,
@@ -17,25 +17,29 @@ from fcall import (
     errors,
     identity,
     operator,
+    passes,
     plan,
     routes,
     scoped,
     substitution,
 )
-from fcall.binding import check_values
+from fcall.binding import are_real_tensors, check_values
 from fcall.mismatch import explain_mismatched_shapes
-from fcall.plan import find
+from fcall.plan import find, resolve
 from fcall.refused import refused_write
 from fcall.rnn import needs_plain_rnns, with_plain_rnns
 from fcall.substitution import Substituted, Substitution, substitution_of
 
 __all__ = ["Weights", "functional_call"]
 
-_is_meta = attrgetter("is_meta")
 _inlines: ContextVar[bool] = ContextVar("fcall_inlines", default=False)
 
 Weights = Mapping[str, Tensor] | Sequence[Mapping[str, Tensor]]
 """Values for parameters and buffers by name, in one mapping or in several without common names."""
+
+
+Prepared = tuple[tuple[str, ...], tuple[Any, ...], Substitution, Sequence[Any] | None]
+"""The names given; their values; where these go; and what stands there now, if it is known."""
 
 
 @_torch.shown_no_module
@@ -106,7 +110,7 @@ def functional_call(
         args = ()
     elif not isinstance(args, tuple):
         args = (args,)
-    if torch.compiler.is_dynamo_compiling():
+    if is_dynamo_compiling():
         _torch.allow_rnns_in_this_trace()  # before the module is looked at, as one of them
     return _call(
         module, parameter_and_buffer_dicts, args, dict(kwargs or {}), tie_weights, strict, method
@@ -126,7 +130,7 @@ def call_inlined(
 
     Nor are the calls as operators that the module makes. Where Dynamo traces it, it is one.
     """
-    if torch.compiler.is_dynamo_compiling():
+    if is_dynamo_compiling():
         return _call(module, weights, args, kwargs, tie_weights, False, method)
     token = _inlines.set(True)
     try:
@@ -144,7 +148,7 @@ def _call(
     strict: bool,
     method: str | None,
 ) -> Any:
-    tracing = torch.compiler.is_dynamo_compiling()
+    tracing = is_dynamo_compiling()
     alone = not tracing and eager.is_alone()  # before the module is looked at
     names, values, substitution, originals = prepare(
         module, dicts, (args, kwargs), tie_weights=tie_weights, strict=strict, method=method
@@ -157,32 +161,24 @@ def _call(
     target = module if method is None else getattr(module, method)
     if substitution.rnns and needs_plain_rnns(substitution.rnns, (*values, *args)):
         target = with_plain_rnns(target)
-    swap = _context(substitution, values, alone, originals)
+    swap = eager.new_swap(substitution, values, alone=alone)
     try:
-        with swap:
+        try:
+            swap.put_in(substitution.spread(values), originals)
             return target(*args, **kwargs)
+        finally:
+            swap.close()
     except Exception as error:
-        swap.close()
         refused = refused_write(module, error)
         if refused:
             raise errors.InPlaceUnderTransformError(*refused) from error
         explain_mismatched_shapes(module, names, values, error)
         raise
     finally:
-        swap.close()  # an interrupt may have come before the context could
+        if not swap.is_over:
+            swap.close()  # which an interrupt ended
         if swap.changed:
             write_back(dicts, names, swap.changed)
-
-
-def _context(
-    substitution: Substitution,
-    values: tuple[Any, ...],
-    alone: bool,
-    originals: Sequence[Any] | None = None,
-) -> eager.Swap | Substituted:
-    if torch.compiler.is_dynamo_compiling():
-        return Substituted(substitution, values)
-    return eager.Swap(substitution, values, alone=alone, originals=originals)
 
 
 def prepare(
@@ -193,32 +189,55 @@ def prepare(
     tie_weights: bool,
     strict: bool,
     method: str | None = None,
-) -> tuple[tuple[str, ...], tuple[Any, ...], Substitution, Sequence[Any] | None]:
-    """Check what is given, and return the names, their values, and where these go.
-
-    And what stands there now, where that is known.
-    """
-    tracing = torch.compiler.is_dynamo_compiling()
-    if tracing:
-        _torch.allow_rnns_in_this_trace()
-        _torch.give_zero_tangents_storage_in_this_trace()
-    refuse_unsupported(module, method)
-    refuse_gradients_in_export(type(module).__name__)
+) -> Prepared:
+    """Check what is given, and return the names, their values, and where these go."""
+    if is_dynamo_compiling():
+        return _prepare_in_trace(module, dicts, inputs, tie_weights, strict, method)
+    if method is not None or _torch.is_traced_by_jit():
+        refuse_unsupported(module, method)
+    if _torch.exports_gradients():
+        errors.fail(errors.ExportedGradientError, type(module).__name__)
     given = merge(dicts)
     names, values = tuple(given), tuple(given.values())
-    originals: Sequence[Any] | None = None
-    if tracing:
-        bound, on_meta = operator.bind(module, names, tie_weights, strict)
-        found = substitution_of(module, bound)
-    else:
-        found, originals, kept = find(module, names, tie_weights=tie_weights, strict=strict)
-        on_meta = []
-        if any(map(_is_meta, kept)):
-            on_meta = [name for (name, _), own in zip(found.kept_places, kept) if own.is_meta]
-    given_on_meta = check_values(module, given, found.same, tie_weights=tie_weights)
+    found = find(module, names, tie_weights=tie_weights, strict=strict)
+    if found is None:
+        refuse_unsupported(module, method)
+        found = resolve(module, names, tie_weights=tie_weights, strict=strict)
+    substitution, originals, kept = found
+    on_meta: list[str] = []
+    if kept and not are_real_tensors(kept):
+        places = substitution.layout.kept
+        on_meta = [name for (name, _), own in zip(places, kept) if own.is_meta]
+    given_on_meta: list[str] = []
+    if substitution.layout.same or not are_real_tensors(values):
+        same = substitution.layout.same
+        given_on_meta = check_values(module, given, same, tie_weights=tie_weights)
     if on_meta or given_on_meta:
         _refuse_meta(module, on_meta, given_on_meta, (values, inputs))
-    return names, values, found, originals
+    return names, values, substitution, originals
+
+
+def _prepare_in_trace(
+    module: nn.Module,
+    dicts: Weights,
+    inputs: Any,
+    tie_weights: bool,
+    strict: bool,
+    method: str | None,
+) -> Prepared:
+    _torch.allow_rnns_in_this_trace()
+    _torch.give_zero_tangents_storage_in_this_trace()
+    refuse_unsupported(module, method)
+    if _torch.exports_gradients():
+        errors.fail(errors.ExportedGradientError, type(module).__name__)
+    given = merge(dicts)
+    names, values = tuple(given), tuple(given.values())
+    binding, on_meta = operator.bind(module, names, tie_weights, strict)
+    substitution = substitution_of(module, binding)
+    given_on_meta = check_values(module, given, binding.same, tie_weights=tie_weights)
+    if on_meta or given_on_meta:
+        _refuse_meta(module, on_meta, given_on_meta, (values, inputs))
+    return names, values, substitution, None
 
 
 def swap_for_block(
@@ -228,16 +247,16 @@ def swap_for_block(
     names, values, substitution, _ = prepare(
         module, dicts, (), tie_weights=tie_weights, strict=strict
     )
-    if torch.compiler.is_dynamo_compiling():
+    if is_dynamo_compiling():
         operator.record_inlined(type(module).__name__, "a block of calls is no single call")
-    else:
-        routes.record(type(module).__name__, routes.EAGER)
-    return names, _context(substitution, values, False)
+        return names, Substituted(substitution, values)
+    routes.record(type(module).__name__, routes.EAGER)
+    return names, eager.new_swap(substitution, values, alone=False)
 
 
 def merge(dicts: Weights) -> dict[str, Any]:
     """Return one dict of all that is given."""
-    if isinstance(dicts, Mapping):
+    if type(dicts) is dict or isinstance(dicts, Mapping):
         return dict(dicts)
     if not isinstance(dicts, Sequence) or isinstance(dicts, (str, bytes)):
         errors.fail(errors.InvalidDictsError, type(dicts).__name__)
@@ -305,15 +324,17 @@ def _refuse_meta(module: nn.Module, own: list[str], values: list[str], given: An
 _torch.start_no_graphs_in(
     _torch,
     binding,
+    eager.alone,
     eager.beside,
     eager.direct,
     eager.swap,
     eager.traced,
     identity,
+    passes,
     plan,
     routes,
     scoped,
     substitution,
-    *(_call, _context, merge, prepare),
+    *(_call, _prepare_in_trace, merge, prepare),
     *(refuse_gradients_in_export, refuse_unsupported, write_back),
 )

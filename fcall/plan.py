@@ -10,19 +10,15 @@ Identities are compared as ids, which is sound although an id can be used again.
 alive while they are compared; and of the tensors only the pattern of equal ids matters, which tells
 what is tied: two tensors that live at the same time never share an id.
 
-The check has to look at each entry of each dict, and with some hundred parameters it is most of
-what a call costs. So it is made of passes in C over flat lists (``map``, ``chain``,
-``itemgetter``), at 5 to 25 ns an entry, without a bytecode for a single one. What it finds is what
-the call needs: the dicts to be written to, and the module's own tensors, to be put back.
+The check has to look at each entry of each dict. It is one step for all of them (:func:`look
+<fcall.passes.look>`), and what that finds is what the call needs: the dicts to be written to.
 """
 
 from __future__ import annotations
 
-import operator
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import chain
-from operator import attrgetter, getitem, itemgetter
 from typing import Any
 
 from torch import nn
@@ -30,9 +26,10 @@ from torch import nn
 from fcall import scoped
 from fcall.binding import ATTRIBUTE, Binding, bind, has_own_names, owner_at
 from fcall.identity import identities
-from fcall.substitution import Place, Substitution, entry_of, stores_of
+from fcall.passes import STORES, Looked, look, pick
+from fcall.substitution import Layout, Substitution, entry_of, stores_of
 
-__all__ = ["binding_for", "find", "plan_for"]
+__all__ = ["binding_for", "find", "plan_for", "resolve"]
 
 PLANS_PER_MODULE = 16
 """How many plans, each for one tuple of names, are kept for a module. The oldest goes first."""
@@ -42,12 +39,23 @@ _Key = tuple[tuple[str, ...], bool, bool]
 
 Found = tuple[Substitution, Sequence[Any] | None, Sequence[Any]]
 """What a plan means for the live module; the module's own in each place, or None where more than
-the entries of dicts are written; the tensors in the kept places."""
+entries of dicts is written; the tensors in the kept places."""
 
 
-def find(module: nn.Module, names: tuple[str, ...], *, tie_weights: bool, strict: bool) -> Found:
-    """Return what giving ``names`` to ``module`` writes; the errors are those of ``bind``."""
-    return _current_plan(module, names, tie_weights, strict)[1]
+def find(
+    module: nn.Module, names: tuple[str, ...], *, tie_weights: bool, strict: bool
+) -> Found | None:
+    """Return what giving ``names`` to ``module`` writes, or None if that has to be resolved."""
+    known = _plans.get(id(module))
+    if known is None or known[0]() is not module:
+        return None
+    plan = known[1].get((names, tie_weights, strict))
+    return None if plan is None else plan.find()
+
+
+def resolve(module: nn.Module, names: tuple[str, ...], *, tie_weights: bool, strict: bool) -> Found:
+    """Return what :func:`find` is to return from now on; the errors are those of ``bind``."""
+    return _new_plan(module, names, tie_weights, strict)[1]
 
 
 def plan_for(
@@ -64,179 +72,124 @@ def binding_for(
     return _current_plan(module, names, tie_weights, strict)[0].binding
 
 
-# Since Python 3.11 there is a function that calls, which is faster.
-_referent: Callable[[weakref.ref[nn.Module]], Any] = getattr(operator, "call", weakref.ref.__call__)
-
-STORES = ("_parameters", "_buffers", "_modules")
-
-
-def _keys(stores: Sequence[Any]) -> list[str]:
-    try:
-        return [*chain.from_iterable(stores)]
-    except TypeError:  # scripted modules' dicts are none
-        return [*chain.from_iterable(store.keys() for store in stores)]
-
-
-def _picker(positions: Sequence[int]) -> Callable[[Sequence[Any]], Sequence[Any]]:
-    """Return what takes the items at ``positions``, in C."""
-    start = positions[0] if positions else 0
-    in_a_row = range(start, start + len(positions))
-    if [*positions] == [*in_a_row]:  # one, or none, too
-        return itemgetter(slice(start, in_a_row.stop))
-    return itemgetter(*positions)
-
-
-class _Structure:
-    """All that submodules hold: in which of their dicts, under which names, and the identities.
+class _Plan:
+    """A binding, made concrete for modules that are built as those it was made from.
 
     Args:
-        owners: The submodules.
-        first: Some of the entries, each as the number of an owner, the kind of dict, and a key.
+        module: The module.
+        binding: What is written, and what is kept.
+        owners: The modules that the slots are in.
+        dicts: What they have in :data:`STORES`, those of one after those of the other.
+        held: All that is in these.
     """
 
-    def __init__(self, owners: Sequence[nn.Module], first: Sequence[Place]) -> None:
-        self.places: list[tuple[int, str]] = []
-        """The owner's number, and the kind, of each dict with something in it, kind by kind."""
-        self.full, self.empty = [], []
-        for kind in STORES:
-            get = attrgetter(kind)
-            is_full = [bool(store) for store in map(get, owners)]
-            full = [i for i, holds in enumerate(is_full) if holds]
-            empty = [i for i, holds in enumerate(is_full) if not holds]
-            self.places += [(i, kind) for i in full]
-            self.full += [(get, _picker(full))] if full else []
-            self.empty += [(get, _picker(empty))] if empty else []
-        self.positions = {place: i for i, place in enumerate(self.places)}
-        stores = self.stores(owners)
-        self.keys = _keys(stores)
-        homes = chain.from_iterable([place] * len(d) for place, d in zip(self.places, stores))
-        every = [(*home, key) for home, key in zip(homes, self.keys)]
-        entries = [*dict.fromkeys((*first, *every))]
-        self.stores_of_each = _picker([self.positions[i, kind] for i, kind, _ in entries])
-        self.key_of_each = [key for _, _, key in entries]
-        self.identities = identities(self.entries(stores)[1])
-
-    def stores(self, owners: Sequence[Any]) -> list[Any]:
-        """Return the dicts that have something in them, as whoever asks sees them.
-
-        Raises:
-            KeyError: one has that was empty.
-        """
-        stores: list[Any] = []
-        for get, owners_of in self.full:
-            stores += map(get, owners_of(owners))
-        for get, owners_of in self.empty:
-            if any(map(get, owners_of(owners))):
-                raise KeyError
-        return [*map(scoped.own_dict, stores)] if scoped.count() else stores
-
-    def entries(self, stores: Sequence[Any]) -> tuple[Sequence[Any], tuple[Any, ...]]:
-        """Return for each entry, ``first`` ones first, its store and what stands there.
-
-        Raises:
-            KeyError: one is gone.
-        """
-        stores_of_each = self.stores_of_each(stores)
-        return stores_of_each, tuple(map(getitem, stores_of_each, self.key_of_each))
-
-    def is_that_of(self, stores: Sequence[Any], entries: tuple[Any, ...]) -> bool:
-        """Whether ``stores``, with these ``entries``, hold the same as ever."""
-        # The keys need no mark where those of one store end and those of the next begin: a store
-        # has at least the keys of its entries, so that one with more leaves too few for the others.
-        return identities(entries) == self.identities and _keys(stores) == self.keys
-
-
-def _order(dicts: Sequence[dict[str, Any]]) -> tuple[list[str], list[int]]:
-    """Return the keys of all, one dict after the other, and how many are of each."""
-    return [*chain.from_iterable(dicts)], [*map(len, dicts)]
-
-
-class _Plan:
-    """A binding, and the submodules and the structure that it was made from."""
-
-    def __init__(self, module: nn.Module, names: tuple[str, ...], ties: bool, strict: bool) -> None:
-        self.binding = binding = bind(module, names, tie_weights=ties, strict=strict)
-        owners = list(module.modules())
+    def __init__(
+        self,
+        module: nn.Module,
+        binding: Binding,
+        owners: Sequence[nn.Module],
+        dicts: Sequence[Any],
+        held: Sequence[Any],
+    ) -> None:
         number = {id(owner): i for i, owner in enumerate(owners)}
         paths = {path: number[id(owner)] for path, owner in module.named_modules()}
-        # Where a plain attribute is found depends on more than the structure tells; so does what
-        # a module calls its tensors itself.
-        attributes = any(slot.store == ATTRIBUTE for slot in binding.slots)
-        self.cacheable = not attributes and not has_own_names(module)
-        for slot in binding.slots:
-            if slot.path not in paths:  # a module in a plain attribute
-                self.cacheable = False
-                paths[slot.path] = len(owners)
-                owners.append(owner_at(module, slot.path))
-        self.owners = [weakref.ref(owner) for owner in owners]
-        self.rnns = [paths[path] for path in binding.rnns]
-        self.places = [(paths[slot.path], slot.store, slot.key) for slot in binding.slots]
-        self.keys = [slot.key for slot in binding.slots]
-        self.kept = [(slot.name, (paths[slot.path], slot.store, slot.key)) for slot in binding.kept]
-        in_order = range(len(names))
-        sources = in_order if binding.sources == [*in_order] else binding.sources
-        self.fixed = self.places, self.keys, sources, binding.homes, binding.same, self.kept
-
-        written = [place for place in self.places if place[1] in STORES]
-        kept = [place for _, place in self.kept]
-        self.structure = _Structure(owners, [*written, *kept])
-        stores = self.structure.stores(owners)
-        position = [self.structure.positions[i, kind] for i, kind, _ in written]
-        dicts = sorted({i for i in position if isinstance(stores[i], dict)})
-        self.is_plain = len(written) == len(self.places) and {*position} == {*dicts}
+        paths |= {s.path: number[id(owner_at(module, s.path))] for s in binding.slots}
+        places = [(paths[slot.path], slot.store, slot.key) for slot in binding.slots]
+        kept = [(slot.name, (paths[slot.path], slot.store, slot.key)) for slot in binding.kept]
+        homes = [(i, kind) for i in range(len(owners)) for kind in STORES]
+        number_of = {home: i for i, home in enumerate(homes)}
+        keys_of = [[*entries.keys()] for entries in dicts]  # scripted modules' are no dicts
+        entries = [(*home, key) for home, keys in zip(homes, keys_of) for key in keys]
+        position = {entry: i for i, entry in enumerate(entries)}
+        of_each = [number_of[i, kind] for i, kind, _ in places if kind in STORES]
+        written = sorted({*of_each})
+        groups = [homes[i] for i in written]
+        group_of = {i: group for group, i in enumerate(written)}
+        self.is_plain = len(of_each) == len(places) and all(
+            type(dicts[number_of[i, kind]]) is dict and kind in vars(owners[i])
+            for i, kind in groups
+        )
         """Whether values go to entries of dicts, and nowhere else."""
-        self.written = len(written)
-        self.dicts_of, self.order = _picker(dicts), _order([stores[i] for i in dicts])
-        self.groups, self.group_of_each = [self.structure.places[i] for i in dicts], []
-        if self.is_plain and all(kind in vars(owners[i]) for i, kind in self.groups):
-            number_of = {i: number for number, i in enumerate(dicts)}
-            self.group_of_each = [number_of[i] for i in position]
+        self.binding = binding
+        self.rnns = [paths[path] for path in binding.rnns]
+        self.order = _order([dicts[i] for i in written] if self.is_plain else [])
+        of_places = [position[place] for place in places] if self.is_plain else []
+        of_kept = [position[place] for _, place in kept]
+        self.wanted = tuple(of_each), tuple(written), tuple(of_places), tuple(of_kept)
+        references, keys = tuple(map(weakref.ref, owners)), tuple(key for _, _, key in entries)
+        self.expected = references, tuple(map(len, dicts)), keys, identities(tuple(held))
+        number_of_place = {place: i for i, place in enumerate(places)}
+        place_of_each = [
+            number_of_place.get((*homes[i], key), -1) for i in written for key in keys_of[i]
+        ]
+        in_order = range(len(binding.homes))
+        self.layout = Layout(
+            places,
+            keys=[key for _, _, key in places],
+            sources=in_order if binding.sources == [*in_order] else binding.sources,
+            homes=binding.homes,
+            same=binding.same,
+            kept=kept,
+            groups=groups,
+            group_of_each=[group_of[i] for i in of_each] if self.is_plain else [],
+            place_of_each=place_of_each if self.is_plain else [],
+        )
 
-    def find(self, *, is_new: bool = False) -> Found | None:
-        """Return what the plan means for the module, or None if that is built in another way."""
-        owners = [*map(_referent, self.owners)]
-        try:
-            stores = self.structure.stores(owners)
-            written, held = self.structure.entries(stores)
-        except (AttributeError, KeyError):  # a submodule is gone, or a tensor
-            if is_new:
-                raise
-            return None
-        if not is_new and not self.structure.is_that_of(stores, held):
-            return None
-        count = self.written
-        kept = held[count : count + len(self.kept)]
-        originals: Sequence[Any] | None = None
+    def find(self) -> Found | None:
+        """Return what the plan means for the modules, or None if they are built in another way."""
+        own_dict = scoped.own_dict if scoped.count() else None
+        looked = look(*self.expected, *self.wanted, own_dict)
+        return None if looked is None else self.found_in(looked)
+
+    def found_in(self, looked: Looked) -> Found:
+        """Return what the plan means for modules, of which that was picked."""
+        owners, stores, dicts, originals, kept = looked
+        rnns = [owners[i] for i in self.rnns] if self.rnns else ()
         if self.is_plain:
-            originals, written, dicts = held[:count], written[:count], self.dicts_of(stores)
-            order, counts, groups = *self.order, self.groups
-        else:
-            written = [entry_of(owners[i], store, key)[0] for i, store, key in self.places]
-            dicts = list({id(d): d for d in stores_of(zip(written, self.keys))}.values())
-            order, counts, groups = *_order(dicts), []
-        rnns = [owners[i] for i in self.rnns] if self.rnns else []
-        of_dicts = dicts, order, counts, groups, self.group_of_each
-        parts = owners, written, *self.fixed, rnns, *of_dicts
-        return Substitution._make(parts), originals, kept
+            found = Substitution(self.layout, owners, stores, rnns, dicts, *self.order)
+            return found, originals, kept
+        places = self.layout.places
+        entries = [entry_of(owners[i], store, key) for i, store, key in places]
+        stores = [store for store, _ in entries]
+        dicts = [*{id(d): d for d in stores_of(entries)}.values()]
+        return Substitution(self.layout, owners, stores, rnns, dicts, *_order(dicts)), None, kept
+
+
+def _order(dicts: Sequence[dict[str, Any]]) -> tuple[list[int], list[str]]:
+    """Return how many keys each has, and the keys of all, one dict after the other."""
+    return [*map(len, dicts)], [*chain.from_iterable(dicts)]
 
 
 def _current_plan(
     module: nn.Module, names: tuple[str, ...], tie_weights: bool, strict: bool
 ) -> tuple[_Plan, Found]:
-    plans = _plans_of(module)
-    key = (names, tie_weights, strict)
-    plan = plans.get(key)
-    if plan is not None:
-        found = plan.find()
-        if found is not None:
-            return plan, found
-    plan = _Plan(module, names, tie_weights, strict)
-    if plan.cacheable:
+    plan = _plans_of(module).get((names, tie_weights, strict))
+    found = None if plan is None else plan.find()
+    if plan is None or found is None:
+        return _new_plan(module, names, tie_weights, strict)
+    return plan, found
+
+
+def _new_plan(
+    module: nn.Module, names: tuple[str, ...], tie_weights: bool, strict: bool
+) -> tuple[_Plan, Found]:
+    binding = bind(module, names, tie_weights=tie_weights, strict=strict)
+    registered = {id(owner): owner for owner in module.modules()}
+    of_slots = {id(o): o for o in [owner_at(module, slot.path) for slot in binding.slots]}
+    owners = [*(registered | of_slots).values()]
+    dicts = [scoped.own_dict(getattr(owner, kind)) for owner in owners for kind in STORES]
+    held = [*chain.from_iterable(entries.values() for entries in dicts)]
+    plan = _Plan(module, binding, owners, dicts, held)
+    # Where a plain attribute is found depends on more than the structure tells; so does a path
+    # through one, and what a module calls its tensors itself.
+    attributes = any(slot.store == ATTRIBUTE for slot in binding.slots)
+    if not attributes and len(owners) == len(registered) and not has_own_names(module):
+        plans, key = _plans_of(module), (names, tie_weights, strict)
         plans.pop(key, None)  # so that the newest is last
         for oldest in list(plans)[: 1 - PLANS_PER_MODULE]:  # other threads may do the same
             plans.pop(oldest, None)
         plans[key] = plan
-    return plan, plan.find(is_new=True)  # type: ignore[return-value]
+    return plan, plan.found_in(pick(owners, dicts, held, *plan.wanted))
 
 
 _plans: dict[int, tuple[weakref.ref[nn.Module], dict[_Key, _Plan]]] = {}

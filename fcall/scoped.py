@@ -19,10 +19,9 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["ABSENT", "Scope", "ScopedCache", "ScopedDict", "count", "own_dict", "shows_own"]
+from fcall.passes import ABSENT
 
-ABSENT: Any = object()
-"""In place of the value of an entry that is not there."""
+__all__ = ["Scope", "ScopedCache", "ScopedDict", "count", "own_dict", "shows_own"]
 
 _open: ContextVar[tuple[Scope, ...]] = ContextVar("fcall_scopes", default=())
 _lock = threading.RLock()

@@ -7,21 +7,25 @@ it is plain code that Dynamo can trace.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import repeat
+from operator import is_
 from typing import Any, NamedTuple, Protocol
 
 from torch import nn
 from torch.nn.utils import parametrize
 
 from fcall.binding import ATTRIBUTE, BYPASS, Binding, owner_at
-from fcall.scoped import ABSENT
+from fcall.passes import ABSENT
 
 __all__ = [
     "Bypasses",
     "Entry",
+    "Layout",
     "Place",
     "Store",
     "Substituted",
     "Substitution",
+    "delete_absent",
     "dicts_of",
     "entry_of",
     "put_back_rnn_lists",
@@ -50,13 +54,9 @@ Place = tuple[int, str, str]
 """The number of an owner, the kind of store that it has, and the key in that."""
 
 
-class Substitution(NamedTuple):
-    """What one call writes into the live module: a binding made concrete."""
+class Layout(NamedTuple):
+    """What one call writes where: a binding in terms of numbered submodules."""
 
-    owners: Sequence[nn.Module]
-    """The submodules, by their numbers."""
-    stores: Sequence[Store]
-    """The stores of the places."""
     places: Sequence[Place]
     """Where values go, each once."""
     keys: Sequence[str]
@@ -68,39 +68,52 @@ class Substitution(NamedTuple):
     """For each given value the position of the place that holds its successor after the call."""
     same: Sequence[Sequence[str]]
     """Groups of names that need one and the same value."""
-    kept_places: Sequence[tuple[str, Place]]
+    kept: Sequence[tuple[str, Place]]
     """The registered tensors that stay the module's own, by name."""
+    groups: Sequence[tuple[int, str]] = ()
+    """For each dict that is written to the number of its owner, and its kind."""
+    group_of_each: Sequence[int] = ()
+    """For each place the position of its dict in ``groups``; nothing if a store is no dict that its
+    owner keeps."""
+    place_of_each: Sequence[int] = ()
+    """For each key in the dicts the number of its place, or -1; nothing in the same case."""
+
+
+class Substitution(NamedTuple):
+    """What one call writes into the live module: a layout, made concrete."""
+
+    layout: Layout
+    owners: Sequence[nn.Module]
+    """The submodules, by their numbers."""
+    stores: Sequence[Store]
+    """The stores of the places."""
     rnns: Sequence[nn.RNNBase]
     """Submodules that keep a second list of their weights."""
     dicts: Sequence[dict[str, Any]] = ()
     """The dicts among the stores, or in them, each once."""
+    lengths: Sequence[int] = ()
+    """How many keys each of these has."""
     order: Sequence[str] = ()
     """The keys of all of these, one dict after the other."""
-    counts: Sequence[int] = ()
-    """How many are of each."""
-    groups: Sequence[tuple[int, str]] = ()
-    """For each of ``dicts`` the number of its owner, and its kind."""
-    group_of_each: Sequence[int] = ()
-    """For each place the position of its dict in ``dicts``; nothing if a store is no dict that its
-    owner keeps."""
 
     def spread(self, values: tuple[Any, ...]) -> tuple[Any, ...]:
         """Return for each place the one of the given ``values`` that goes there."""
-        if isinstance(self.sources, range):
+        sources = self.layout.sources
+        if type(sources) is range:
             return values
-        return tuple(map(values.__getitem__, self.sources))
+        return tuple(map(values.__getitem__, sources))
 
     @property
     def entries(self) -> list[Entry]:
         """The entries to be written."""
-        return list(zip(self.stores, self.keys))
+        return list(zip(self.stores, self.layout.keys))
 
     @property
     def kept(self) -> list[tuple[str, Entry]]:
         """The entries of the registered tensors that stay the module's own, by name."""
         return [
             (name, entry_of(self.owners[number], store, key))
-            for name, (number, store, key) in self.kept_places
+            for name, (number, store, key) in self.layout.kept
         ]
 
 
@@ -113,17 +126,12 @@ def substitution_of(module: nn.Module, binding: Binding) -> Substitution:
             numbers[path] = len(owners)
             owners.append(owner_at(module, path))
     places = [(numbers[slot.path], slot.store, slot.key) for slot in binding.slots]
+    kept = [(slot.name, (numbers[slot.path], slot.store, slot.key)) for slot in binding.kept]
+    keys = [slot.key for slot in binding.slots]
     return Substitution(
-        owners=owners,
-        places=places,
+        Layout(places, keys, binding.sources, binding.homes, binding.same, kept),
+        owners,
         stores=[entry_of(owners[number], store, key)[0] for number, store, key in places],
-        keys=[slot.key for slot in binding.slots],
-        sources=binding.sources,
-        homes=binding.homes,
-        same=binding.same,
-        kept_places=[
-            (slot.name, (numbers[slot.path], slot.store, slot.key)) for slot in binding.kept
-        ],
         rnns=[owner_at(module, path) for path in binding.rnns],  # type: ignore[misc]
     )
 
@@ -151,7 +159,7 @@ def stores_of(entries: Iterable[Entry]) -> list[dict[str, Any]]:
 
 def dicts_of(substitution: Substitution) -> list[dict[str, Any]]:
     """Return the dicts that are written to, each once. Dynamo has no ``id`` to tell them apart."""
-    places = zip(substitution.places, substitution.entries)
+    places = zip(substitution.layout.places, substitution.entries)
     first_entries = {(number, store): entry for (number, store, _), entry in places}
     return stores_of(first_entries.values())
 
@@ -187,6 +195,14 @@ def swap_out(entries: Sequence[Entry], originals: Sequence[Any]) -> list[Any]:
     return values
 
 
+def delete_absent(stores: Sequence[Store], keys: Sequence[str], values: Sequence[Any]) -> None:
+    """Delete what was written for ``ABSENT`` among ``values``."""
+    if any(map(is_, values, repeat(ABSENT))):
+        for store, key, value in zip(stores, keys, values):
+            if value is ABSENT and store.get(key, None) is ABSENT:
+                del store[key]
+
+
 def rnn_lists(rnns: Iterable[nn.RNNBase]) -> list[tuple[nn.RNNBase, Any, Any]]:
     """Return the lists in which RNNs keep their weights a second time, to be put back later.
 
@@ -214,7 +230,7 @@ def reassigned(
             interrupted. A tensor that the module deleted has no successor.
     """
     changed = {}
-    for number, home in enumerate(substitution.homes):
+    for number, home in enumerate(substitution.layout.homes):
         if home < len(after) and after[home] is not before[number] and after[home] is not ABSENT:
             changed[number] = after[home]
     return changed
@@ -226,7 +242,7 @@ class Substituted:
     def __init__(self, substitution: Substitution, values: Sequence[Any]) -> None:
         self.substitution = substitution
         self.values = values
-        self.entries = list(zip(substitution.stores, substitution.keys))
+        self.entries = substitution.entries
         self.orders: list[tuple[dict[str, Any], list[str]]] = []
         self.originals: list[Any] = []
         self.lists: list[tuple[nn.RNNBase, Any, Any]] = []
@@ -238,7 +254,7 @@ class Substituted:
         self.orders = [(store, list(store)) for store in dicts_of(to)]
         self.lists = rnn_lists(to.rnns)
         try:
-            swap_in(self.entries, [self.values[i] for i in to.sources], self.originals)
+            swap_in(self.entries, [self.values[i] for i in to.layout.sources], self.originals)
         except BaseException:
             self.__exit__()
             raise

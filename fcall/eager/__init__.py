@@ -1,14 +1,17 @@
 """The route of a call outside of any trace: values stand in the live module."""
 
-from fcall.eager import beside, custom_backward, direct, recompute, swap, threads
-from fcall.eager.swap import Swap, is_alone
+from fcall.eager import alone, beside, custom_backward, direct, recompute, swap, threads
+from fcall.eager.alone import is_alone, new_swap
+from fcall.eager.swap import Swap
 
 __all__ = [
     "Swap",
+    "alone",
     "beside",
     "custom_backward",
     "direct",
     "is_alone",
+    "new_swap",
     "recompute",
     "swap",
     "threads",

@@ -13,39 +13,37 @@ from torch import nn
 
 from fcall import _torch, scoped
 from fcall.binding import ATTRIBUTE, BYPASS
-from fcall.eager.direct import delete_absent, read, write
+from fcall.eager.swap import Swap
 from fcall.eager.traced import teach_dynamo
-from fcall.scoped import ABSENT, Scope, ScopedCache
-from fcall.substitution import Bypasses, Store, Substitution
+from fcall.passes import ABSENT, put_in, read
+from fcall.scoped import Scope, ScopedCache
+from fcall.substitution import Bypasses, Store, delete_absent
 
 __all__ = ["Beside"]
 
 
-class Beside:
+class Beside(Swap):
     """Values over the module's own, for the thread or task that put them there."""
 
-    def __init__(self, substitution: Substitution) -> None:
-        self.substitution = substitution
-        self._scope: Scope | None = None
-        self._taken: tuple[Any, ...] = ()
-        self._written = False
-        self._stores: list[Store] = []
-        self._exposed: list[tuple[Store, str, Any]] = []
+    _exposed: Sequence[tuple[Store, str, Any]] = ()
+    _scope: Scope | None = None
+    _stores: list[Store]
+    _taken: Sequence[Any] = ()
+    _written = False
 
-    def put_in(self, values: Sequence[Any]) -> None:
-        """Have a value, or ``ABSENT``, stand in each place."""
+    def _put_in(self, values: Sequence[Any], originals: Sequence[Any] | None = None) -> None:
         to = self.substitution
-        self._taken, self._stores, self._exposed = (), [], []
+        self._taken, self._stores, self._exposed = (), [], ()
         self._written = False
         self._scope = scope = Scope()
         teach_dynamo()
-        if to.group_of_each:
-            places = [(to.owners[number], store) for number, store in to.groups]
+        if to.layout.group_of_each:
+            places = [(to.owners[number], store) for number, store in to.layout.groups]
             layers = scope.layers_of_dicts(places)
-            self._stores = [*map(layers.__getitem__, to.group_of_each)]
+            self._stores = [*map(layers.__getitem__, to.layout.group_of_each)]
         else:
             self._find_stores(scope)
-        write(self._stores, to.keys, values)
+        put_in(self._stores, to.layout.keys, values)
         self._written = True
         for rnn in to.rnns:
             names = "_flat_weights", "_flat_weight_refs"
@@ -61,7 +59,7 @@ class Beside:
         """Note where each value is to be written, and which of them everybody will see."""
         to = self.substitution
         layers: dict[tuple[int, str], Store | None] = {}
-        for (number, store, key), own in zip(to.places, to.stores):
+        for (number, store, key), own in zip(to.layout.places, to.stores):
             kind = (number, f"{store}.{key}" if store == ATTRIBUTE else store)
             if kind not in layers:
                 layers[kind] = _layer_over(scope, to.owners[number], store, key)
@@ -69,7 +67,7 @@ class Beside:
             self._stores.append(own if layer is None else layer)
         self._exposed = [
             (own, key, own.get(key, ABSENT))
-            for own, store, key in zip(to.stores, self._stores, to.keys)
+            for own, store, key in zip(to.stores, self._stores, to.layout.keys)
             if own is store
         ]
 
@@ -80,28 +78,23 @@ class Beside:
         compiled = [(module, attributes) for module, attributes in compiled if attributes]
         if not compiled:
             return
-        written = {id(to.owners[number]) for number, _, _ in to.places}
+        written = {id(to.owners[number]) for number, _, _ in to.layout.places}
         for module, attributes in compiled:
             if not written.isdisjoint(map(id, module.modules())):
                 layer = scope.layer_of_attributes(module, type(module), *attributes)
                 layer.update(attributes)
 
-    def values_now(self) -> tuple[Any, ...]:
-        """Return for each place what stands there, ``ABSENT`` for nothing."""
-        return read(self._stores, self.substitution.keys)
+    def _read(self) -> Sequence[Any]:
+        return read(self._stores, self.substitution.layout.keys)
 
-    def take_out(self) -> tuple[Any, ...]:
-        """Give the module back its own, and return for each place what stood there.
-
-        If it is interrupted, it can be called again, and does what is left to do.
-        """
+    def _take_out(self) -> Sequence[Any]:
         if self._scope is None:
             return self._taken
         if self._written:
-            self._taken, self._written = self.values_now(), False
+            self._taken, self._written = self._read(), False
         if self._exposed:
             exposed = list(zip(*self._exposed))
-            write(*exposed)
+            put_in(*exposed)
             delete_absent(*exposed)
         self._scope.close()
         cache = _torch.parametrization_cache(if_unused=True)
@@ -110,12 +103,10 @@ class Beside:
         self._scope = None
         return self._taken
 
-    def forget(self) -> None:
-        """Keep no tensor alive."""
-        self._taken, self._exposed = (), []
+    def _forget(self) -> None:
+        self._taken = self._exposed = ()
 
-    def hide(self) -> Callable[[], None]:
-        """Leave the scope for a while, in this thread or task, and return how to enter it again."""
+    def _hide(self) -> Callable[[], Any]:
         scope = self._scope
         if scope is None:
             return lambda: None

@@ -24,7 +24,8 @@ from torch import Tensor
 from torch.utils.checkpoint import CheckpointFunction
 
 from fcall import _torch, errors
-from fcall.eager.swap import Swap, active, is_alone, is_ours, ours
+from fcall.eager.alone import is_alone, new_swap
+from fcall.eager.swap import active, is_ours, ours
 from fcall.substitution import Substitution
 
 __all__ = ["State", "SubstitutedCheckpoint", "follow_checkpoints", "only", "state_now"]
@@ -48,8 +49,8 @@ def only(state: State) -> Iterator[None]:
         for swap in reversed(active()):
             stack.callback(swap.suspend())
         for substitution, values in state:
-            swap = Swap(substitution._replace(homes=[]), (), alone=is_alone())
-            swap.given = tuple(values)
+            layout = substitution.layout._replace(homes=[])
+            swap = new_swap(substitution._replace(layout=layout), (), alone=is_alone())
             swap.put_in(values)
             stack.push(swap)
         yield

@@ -104,7 +104,7 @@ def call(
         stores=dicts_of(substitution),
     )
     for number in [number for number in changed if number >= given_count]:
-        store, key = substitution.entries[substitution.homes[number]]
+        store, key = substitution.entries[substitution.layout.homes[number]]
         store[key] = changed.pop(number)  # the module reassigned its own
     return out, changed
 
@@ -116,18 +116,20 @@ def _with_kept(
 
     Dynamo makes operands of whatever a body uses; make_fx makes constants of what is no operand.
     """
-    names = (*names, *[name for name, _ in substitution.kept_places])
+    layout = substitution.layout
+    names = (*names, *[name for name, _ in layout.kept])
     kept = [entry for _, entry in substitution.kept]
     own = [store.get(key, None) for store, key in kept]
-    count = len(substitution.places)
-    substitution = substitution._replace(
-        places=[*substitution.places, *[place for _, place in substitution.kept_places]],
-        stores=[*substitution.stores, *[store for store, _ in kept]],
-        keys=[*substitution.keys, *[key for _, key in kept]],
-        sources=[*substitution.sources, *range(len(values), len(values) + len(own))],
-        homes=[*substitution.homes, *range(count, count + len(own))],
-        kept_places=[],
+    count = len(layout.places)
+    layout = layout._replace(
+        places=[*layout.places, *[place for _, place in layout.kept]],
+        keys=[*layout.keys, *[key for _, key in kept]],
+        sources=[*layout.sources, *range(len(values), len(values) + len(own))],
+        homes=[*layout.homes, *range(count, count + len(own))],
+        kept=[],
     )
+    stores = [*substitution.stores, *[store for store, _ in kept]]
+    substitution = substitution._replace(layout=layout, stores=stores)
     return names, (*values, *own), substitution
 
 

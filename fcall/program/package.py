@@ -134,7 +134,7 @@ class Runner(GraphCall):
 
     def _check(self, flat: Sequence[Any], sizes: Mapping[str, int]) -> None:
         """Check what the compiled code takes for granted, beyond what a graph needs."""
-        if not TENSORS.issuperset([type(v) for v in flat if isinstance(v, Tensor)]):
+        if any(type(v) not in TENSORS for v in flat if isinstance(v, Tensor)):
             kinds = {type(v).__name__ for v in flat if isinstance(v, Tensor)} - {"Tensor"}
             errors.fail(errors.NotPackagedError, f"tensors of the class {min(kinds)}")
         if _torch.in_functorch_transform() or _torch.in_proxy_mode():
