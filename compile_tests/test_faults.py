@@ -30,7 +30,7 @@ Case = tuple[nn.Module, dict[str, Tensor], Tensor]
 def _a_lock_that_is_free() -> Iterator[None]:
     """A tracer may raise between the body of a ``with lock`` and its release; no interrupt can."""
     yield
-    scoped._forget_lock()
+    scoped.scope._forget_lock()
 
 
 def _whole(module: nn.Module, x: Tensor) -> Case:

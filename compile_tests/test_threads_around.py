@@ -391,7 +391,7 @@ def test_a_fork_while_another_thread_changes_modules() -> None:
     held, on = threading.Event(), threading.Event()
 
     def hold() -> None:
-        with scoped._lock:
+        with scoped.scope._lock:
             held.set()
             assert on.wait(SECONDS)
 

@@ -264,6 +264,80 @@ are_plain(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs)
     return Py_NewRef(Py_True);
 }
 
+/* What scoped.py's dicts of a module do when one of their entries is read: the same as its
+   _ReadsInPython. An entry is looked for in the innermost scope of whoever asks, by the id of the
+   dict; what is not there, the method _read() is asked for. */
+
+/* What returns the layers of the innermost scope, by id; ABSENT; "_read". */
+static PyObject *get_layers, *absent, *read_by;
+
+/* A new reference to what is seen under a key, perhaps ABSENT; NULL with an error. */
+static PyObject *
+seen(PyObject *self, PyObject *key)
+{
+    PyObject *layers = PyObject_CallNoArgs(get_layers), *value = NULL;
+    if (layers == NULL)
+        return NULL;
+    if (PyDict_CheckExact(layers) && PyDict_Size(layers) > 0) {
+        PyObject *number = PyLong_FromVoidPtr(self);
+        PyObject *layer = number ? PyDict_GetItemWithError(layers, number) : NULL;
+        if (layer != NULL && PyDict_CheckExact(layer))
+            value = Py_XNewRef(PyDict_GetItemWithError(layer, key));
+        Py_XDECREF(number);
+    }
+    Py_DECREF(layers);
+    if (value == NULL && !PyErr_Occurred()) {
+        PyObject *read = PyObject_GetAttr(self, read_by);
+        value = read ? PyObject_CallFunctionObjArgs(read, key, NULL) : NULL;
+        Py_XDECREF(read);
+    }
+    return value;
+}
+
+static PyObject *
+reads_getitem(PyObject *self, PyObject *key)
+{
+    PyObject *value = seen(self, key);
+    if (value != NULL && value == absent) {
+        Py_CLEAR(value);
+        PyErr_SetObject(PyExc_KeyError, key);
+    }
+    return value;
+}
+
+static int
+reads_contains(PyObject *self, PyObject *key)
+{
+    PyObject *value = seen(self, key);
+    Py_XDECREF(value);
+    return value == NULL ? -1 : value != absent;
+}
+
+static PyType_Slot reads_slots[] = {
+    {Py_mp_subscript, reads_getitem},
+    {Py_sq_contains, reads_contains},
+    {0, NULL},
+};
+
+static PyType_Spec reads_spec = {
+    "fcall._passes.Reads", 0, 0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE, reads_slots,
+};
+
+static PyObject *
+scoped_reads(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs)
+{
+    if (!expect(nargs == 2 && PyCallable_Check(args[0]), "scoped_reads(get_layers, absent)"))
+        return NULL;
+    if (read_by == NULL && (read_by = PyUnicode_InternFromString("_read")) == NULL)
+        return NULL;
+    PyObject *before[2] = {get_layers, absent};
+    get_layers = Py_NewRef(args[0]);
+    absent = Py_NewRef(args[1]);
+    Py_XDECREF(before[0]);
+    Py_XDECREF(before[1]);
+    return PyType_FromSpecWithBases(&reads_spec, (PyObject *)&PyDict_Type);
+}
+
 #define FUNCTION(name, doc) {#name, (PyCFunction)(void (*)(void))name, METH_FASTCALL, doc}
 
 static PyMethodDef functions[] = {
@@ -271,6 +345,7 @@ static PyMethodDef functions[] = {
     FUNCTION(put_in, "fcall.passes.put_in_in_python, in C."),
     FUNCTION(put_back, "fcall.passes.put_back_in_python, in C."),
     FUNCTION(are_plain, "fcall.passes.are_plain_in_python, in C."),
+    FUNCTION(scoped_reads, "The base class of fcall.scoped.ScopedDict, in C."),
     {NULL, NULL, 0, NULL},
 };
 

@@ -1,5 +1,8 @@
 """The functions of fcall.passes, in C. These take positional arguments alone."""
 
+from collections.abc import Callable
+from typing import Any
+
 from fcall.passes import (
     are_plain_in_python as are_plain,
 )
@@ -15,4 +18,6 @@ from fcall.passes import (
 
 REVISION: int
 
-__all__ = ["REVISION", "are_plain", "look", "put_back", "put_in"]
+__all__ = ["REVISION", "are_plain", "look", "put_back", "put_in", "scoped_reads"]
+
+def scoped_reads(get_layers: Callable[[], Any], absent: Any) -> type[Any]: ...

@@ -39,6 +39,7 @@ __all__ = [
     "put_in",
     "put_in_in_python",
     "read",
+    "scoped_reads",
 ]
 
 REVISION = 1
@@ -208,6 +209,9 @@ def are_plain_in_python(things: Sequence[Any], kinds: tuple[type, ...], flag: An
         map(attrgetter(flag.__name__), things)
     )
 
+
+scoped_reads: Callable[..., type[Any]] | None = _passes.scoped_reads if IN_C else None
+"""Makes the base class of :class:`fcall.scoped.ScopedDict`, or it is written in Python."""
 
 if IN_C:
     look, put_in, put_back = _passes.look, _passes.put_in, _passes.put_back

@@ -40,6 +40,7 @@ __all__ = [
     "ProxyTorchDispatchMode",
     "allow_rnns_in_this_trace",
     "attributes_when_not_compiled",
+    "compiled_among",
     "dynamo",
     "dynamo_is_imported",
     "evaluated_while_tracing",
@@ -403,6 +404,15 @@ def trace_as_plain_dict(
             VariableBuilder._type_dispatch_impl(traces_numpy)[kind] = build
     except (ImportError, AttributeError) as error:
         raise DynamoUnavailableError(str(error)) from error
+
+
+def compiled_among(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    """Return those of ``modules`` of which ``torch.compile`` may have made something."""
+    return [
+        module
+        for module in modules
+        if "dynamo_ctx" in (own := module.__dict__) or "_compiled_call_impl" in own
+    ]
 
 
 def attributes_when_not_compiled(module: nn.Module) -> dict[str, Any]:

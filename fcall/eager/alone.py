@@ -28,9 +28,13 @@ def others_may_look() -> bool:
     if not count:
         return False
     me = threading.current_thread()
-    others = [type(thread) for thread in threading.enumerate() if thread is not me]
-    known = {(kind.__module__, kind.__name__) for kind in others} <= BYSTANDERS
-    return not known or len(others) != count  # the main thread does not count
+    for thread in threading.enumerate():
+        if thread is not me:
+            kind = type(thread)
+            if (kind.__module__, kind.__name__) not in BYSTANDERS:
+                return True
+            count -= 1
+    return bool(count)  # the main thread does not count, nor do those that Python does not know
 
 
 def is_alone() -> bool:

@@ -38,8 +38,8 @@ class Beside(Swap):
         self._scope = scope = Scope()
         teach_dynamo()
         if to.layout.group_of_each:
-            places = [(to.owners[number], store) for number, store in to.layout.groups]
-            layers = scope.layers_of_dicts(places)
+            numbers, names = zip(*to.layout.groups)
+            layers = scope.layers_of_dicts([*map(to.owners.__getitem__, numbers)], names)
             self._stores = [*map(layers.__getitem__, to.layout.group_of_each)]
         else:
             self._find_stores(scope)
@@ -74,13 +74,13 @@ class Beside(Swap):
     def _leave_compiled_code(self, scope: Scope) -> None:
         """Have the compiled submodules in which values stand run uncompiled: see ``traced.py``."""
         to = self.substitution
-        compiled = [(m, _torch.attributes_when_not_compiled(m)) for m in to.owners]
-        compiled = [(module, attributes) for module, attributes in compiled if attributes]
+        compiled = _torch.compiled_among(to.owners)
         if not compiled:
             return
         written = {id(to.owners[number]) for number, _, _ in to.layout.places}
-        for module, attributes in compiled:
+        for module in compiled:
             if not written.isdisjoint(map(id, module.modules())):
+                attributes = _torch.attributes_when_not_compiled(module)
                 layer = scope.layer_of_attributes(module, type(module), *attributes)
                 layer.update(attributes)
 
