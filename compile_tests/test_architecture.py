@@ -26,7 +26,7 @@ FILES = {
 FLOORS = [
     {"_torch", "identity", "prefixes", "routes", "scoped", "version"},
     {"errors", "deprecation", "batch_norm"},
-    {"binding", "meta", "refused", "rnn", "state"},
+    {"binding", "kernels", "meta", "refused", "rnn", "state"},
     {"mismatch"},
     {"substitution", "stacking"},
     {"plan"},
