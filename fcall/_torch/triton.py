@@ -128,7 +128,7 @@ def absent_gpu() -> Iterator[None]:
         "AbsentDriver",
         (backends["nvidia"].driver,),
         {
-            "__init__": _returning(None),  # torch's driver loads the CUDA library
+            "__init__": _returning(None),  # Triton's own loads the CUDA library
             "get_current_target": staticmethod(_returning(GPUTarget("cuda", 90, 32))),
             "get_current_device": staticmethod(_returning(0)),
             "get_current_stream": staticmethod(_returning(0)),
@@ -188,7 +188,7 @@ def backend(
                 enable_autograd_cache=False, force_non_lazy_backward_lowering=True
             ),
         ):
-            return compile_fx(graph, inputs, inner_compile=inner)
+            return compile_fx(graph, inputs, inner_compile=inner)  # type: ignore[arg-type]
 
     return compile
 
@@ -197,8 +197,9 @@ def of_cpu(graph: GraphModule) -> list[str]:
     """Return what a trace on the CPU put into ``graph`` that is not what it would be on CUDA."""
     found = []
     for node in graph.graph.nodes:
-        if node.op == "call_function" and re.search(r"_for_cpu\b|\bmkldnn|\bonednn", str(node.target)):
-            found.append(str(node.target))
+        name = str(node.target)
+        if node.op == "call_function" and re.search(r"_for_cpu\b|\bmkldnn|\bonednn", name):
+            found.append(name)
         elif node.op == "get_attr":  # a tensor that the traced code made of numbers
             constant = getattr(graph, node.target, None)
             if isinstance(constant, Tensor) and constant.dim():
