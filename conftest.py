@@ -66,9 +66,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.inductor)
 
 
+TOGETHER = {"compile_tests/test_kernels_triton.py"}
+"""The files whose tests share something that takes long to make."""
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Keep a document's examples with one worker; other tests go to whichever is free.
+    """Keep a document's examples, and the tests of some files, with one worker each.
+
+    Other tests go to whichever is free.
 
     xdist's own `--dist loadgroup` does not find its groups in the ids of pytest 9.2 (xdist 3.8).
     """
@@ -77,6 +83,6 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class ByDocument(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             path, _, name = nodeid.partition("::")
-            return path if name.startswith("line:") else nodeid
+            return path if name.startswith("line:") or path in TOGETHER else nodeid
 
     return ByDocument(config, log) if config.getoption("dist") == "load" else None

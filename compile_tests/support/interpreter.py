@@ -1,22 +1,19 @@
 """A backend that runs the CUDA code Inductor generates: on the CPU, in Triton's interpreter.
 
 For a process of its own, started with ``TRITON_INTERPRET=1``: Triton asks for that as it is
-imported, and what is patched here stays patched. What the interpreter does not have: random
-numbers, attention kernels, CUDA graphs, matmuls as templates.
+imported, and what is patched here stays patched. Each kernel runs in the first of its
+configurations; matmuls are torch's own. What cannot be run: random numbers, attention kernels, CUDA
+graphs, matmuls as templates.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import itertools
-import os
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
-from unittest import mock
-
-assert os.environ.get("TRITON_INTERPRET") == "1", "set it before Python starts"
 
 import numpy as np
 import torch
@@ -24,10 +21,16 @@ import triton.language as tl
 from torch import Tensor
 from torch._inductor.runtime import triton_helpers
 from torch.fx import GraphModule
+from triton import knobs
 from triton.runtime.interpreter import TensorHandle
 
 from fcall._torch import triton
 from fcall.kernels import source_of
+
+assert knobs.runtime.interpret, "TRITON_INTERPRET=1 has to be set before Python starts"
+
+OTHER_NAMES = {"llrint": "round"}
+"""The functions of libdevice that torch has under another name."""
 
 _numbers = itertools.count()
 _folder = tempfile.TemporaryDirectory()  # Triton reads the code of kernels in files
@@ -36,11 +39,8 @@ _folder = tempfile.TemporaryDirectory()  # Triton reads the code of kernels in f
 class Libdevice:
     """CUDA's library of functions, which the interpreter lacks, by functions of torch."""
 
-    OTHER_NAMES = {"llrint": "round"}
-    """The functions that torch has under another name."""
-
     def __getattr__(self, name: str) -> Callable[..., tl.tensor]:
-        fn = getattr(torch, self.OTHER_NAMES.get(name, name))
+        fn = getattr(torch, OTHER_NAMES.get(name, name))
 
         def call(*args: Any) -> tl.tensor:
             like = next(arg for arg in args if isinstance(arg, tl.tensor))
@@ -93,7 +93,8 @@ def _load(source: str) -> Callable[[list[Any]], Any]:
 
 def _empty_strided(size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Tensor:
     # Not empty: what no kernel writes must not be right by chance.
-    return torch.empty_strided(size, stride, dtype=dtype).fill_(float("nan") if dtype.is_floating_point else 77)
+    filling = float("nan") if dtype.is_floating_point else 77
+    return torch.empty_strided(size, stride, dtype=dtype).fill_(filling)
 
 
 # What generated modules take from a torch that was built for CUDA.
