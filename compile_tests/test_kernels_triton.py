@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -72,9 +73,20 @@ FUSED = {
 }
 """Operators, pointwise ones and reductions, that have to be in one kernel."""
 
+IN_THE_DOCS = {
+    "forward": "forward",
+    "forward and backward": "training",
+    "`grad_and_value` and SGD in one graph": "step",
+    "gradients of each sample, `vmap(grad(...))`": "per-sample gradients",
+    "forward of an ensemble, of any size": "ensemble of 2",
+    "`grad_and_value` and SGD of an ensemble": "step of an ensemble of 2",
+    "two calls, with other weights each, and their backward": "two calls",
+}
+"""The rows of the table in docs/operator.md."""
+
 EACH = list(MATMULS)
 RUN = [name for name in EACH if name != "traced forward" and "of 5" not in name]
-WITH_PLAIN = [name for name in EACH if not name.startswith("step of") and "of 5" not in name]
+WITH_PLAIN = [name for name in EACH if "of 5" not in name]
 WITH_FUSION_OFF = [name for name in RUN if name != "buffers"]
 
 
@@ -197,6 +209,18 @@ def test_no_memory_is_needed(records: Records) -> None:
     (graph,) = records.huge.graphs
     assert graph.externs == ("mm",)
     assert [kernel.operators for kernel in graph.kernels] == [("aten.addmm", "aten.relu")]
+
+
+def test_the_figures_in_the_docs(records: Records) -> None:
+    page = (ROOT / "docs" / "operator.md").read_text()
+    table = re.findall(r"^\| (.+) \| (\d+) \| (\d+) \| (\d+) \| (\d+) \|$", page, re.MULTILINE)
+    found = {}
+    for row, name in IN_THE_DOCS.items():
+        ours, unfused = records.of[name].ours, records.of[name].unfused
+        assert unfused is not None
+        counted = (ours.kernels, ours.launches, unfused.launches, ours.externs)
+        found[row] = [str(len(things)) for things in counted]
+    assert {row: figures for row, *figures in table} == found
 
 
 # --- What they are compiled to ------------------------------------------------------------------

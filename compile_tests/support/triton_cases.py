@@ -200,8 +200,14 @@ def _ensemble_step(model: nn.Module, x: Tensor, y: Tensor, size: int) -> Case:
         weights = {name: torch.stack([step[0][name] for step in steps]) for name in values}
         return weights, torch.stack([step[1] for step in steps])
 
-    step = _step_of(fcall.functional_call, model)
-    return Case(ours=vmap(step, in_dims=(0, None, None)), args=(values, x, y), expected=expected)
+    ours, plain = (_step_of(f, model) for f in (fcall.functional_call, torch.func.functional_call))
+    return Case(
+        ours=vmap(ours, in_dims=(0, None, None)),
+        args=(values, x, y),
+        expected=expected,
+        plain=vmap(plain, in_dims=(0, None, None)),
+        plain_args=(values, x, y),
+    )
 
 
 def _per_sample(model: nn.Module, x: Tensor, y: Tensor) -> Case:
