@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -104,8 +105,11 @@ def test_weights_on_another_device(device: str, traced: bool) -> None:
     p = {**values_of(module, 1), "l1.weight": torch.rand(4, 3)}
     call = calling(module)
     fn = torch.compile(call, fullgraph=True, backend="eager") if traced else call
-    with unchanged(module), pytest.raises(RuntimeError, match=r"same device|different devices"):
+    with unchanged(module), pytest.raises(RuntimeError) as caught:
         fn(p, x)
+    assert re.search(r"same device|different devices", str(caught.value))
+    if not traced and hasattr(caught.value, "add_note"):
+        assert "on cpu 'l1.weight'; on cuda:0 'l1.bias'" in caught.value.__notes__[0]
     p["l1.weight"] = p["l1.weight"].to(device)
     assert_close(fn(p, x), loaded(module, p)(in_float64(x)), dtype=torch.float32)
 
