@@ -46,7 +46,7 @@ def main(path: Path) -> None:
         with fcall.record_routes() as routes:
             ours = generate(case.ours, *case.args)
         plain = generate(case.plain, *case.plain_args) if case.plain else None
-        options = triton.without_fusion()
+        options = triton.WITHOUT_FUSION
         unfused = generate(case.ours, *case.args, options=options) if case.with_fusion_off else None
         records[name] = Record(ours, plain, unfused, [route.kind for route in routes])
     kernels = dict.fromkeys(k for record in records.values() for k in record.ours.kernels)

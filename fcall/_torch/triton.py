@@ -28,6 +28,7 @@ from torch.fx import GraphModule
 
 __all__ = [
     "PAIRS",
+    "WITHOUT_FUSION",
     "Built",
     "absent_gpu",
     "backend",
@@ -35,7 +36,6 @@ __all__ = [
     "generate",
     "of_cpu",
     "problem",
-    "without_fusion",
 ]
 
 PAIRS = {"2.13": "3.7"}
@@ -58,11 +58,46 @@ PROPERTIES = types.SimpleNamespace(
     gcnArchName="",
 )
 
+# What the functions of these names return while the GPU is thought to be there.
+OF_TORCH_CUDA = {
+    "is_available": True,
+    "get_device_properties": PROPERTIES,
+    "get_device_capability": (9, 0),
+    "get_rng_state": torch.zeros(16, dtype=torch.uint8),
+    "set_rng_state": None,
+    "set_device": None,
+    "_exchange_device": 0,
+    "_maybe_exchange_device": 0,
+}
+OF_DYNAMO_IN_WORKERS = {
+    "get_device_properties": PROPERTIES,
+    "current_device": 0,
+    "set_device": None,
+}
+OF_DYNAMO = {
+    "is_available": True,
+    "device_count": 1,
+    "current_device": 0,
+    "set_device": None,
+    "exchange_device": 0,
+    "maybe_exchange_device": 0,
+    "synchronize": None,
+    "get_raw_stream": 0,
+    "get_device_properties": PROPERTIES,
+    "get_compute_capability": 90,
+    "is_bf16_supported": True,
+    "is_triton_capable": True,
+    "raise_if_triton_unavailable": None,
+}
+
 OPTIONS = {
     "fx_graph_cache": False,  # a graph out of the cache generates no code
     "compile_threads": 1,
     "shape_padding": False,  # decided by timing matmuls
 }
+
+WITHOUT_FUSION = {"max_fusion_size": 1}
+"""Options with which each reduction is a kernel, and what is pointwise in between."""
 
 Inner = Callable[..., Callable[[list[Any]], Any]]
 """Compiles a graph, called with the graph, its fake inputs, and keywords of Inductor's."""
@@ -99,60 +134,25 @@ def absent_gpu() -> Iterator[None]:
     from triton.backends.compiler import GPUTarget
     from triton.runtime.driver import driver
 
-    class Worker:
-        get_device_properties = staticmethod(_returning(PROPERTIES))
-        current_device = staticmethod(_returning(0))
-        set_device = staticmethod(_returning(None))
-
-    answers = {
-        "is_available": True,
-        "device_count": 1,
-        "current_device": 0,
-        "set_device": None,
-        "exchange_device": 0,
-        "maybe_exchange_device": 0,
-        "synchronize": None,
-        "get_raw_stream": 0,
-        "get_device_properties": PROPERTIES,
-        "get_compute_capability": 90,
-        "is_bf16_supported": True,
-        "is_triton_capable": True,
-        "raise_if_triton_unavailable": None,
+    interface = type("AbsentGpu", (device_interface.CudaInterface,), _static(OF_DYNAMO))
+    interface.Worker = type("Worker", (), _static(OF_DYNAMO_IN_WORKERS))  # type: ignore[attr-defined]
+    of_triton = {
+        "get_current_target": GPUTarget("cuda", 90, 32),
+        "get_current_device": 0,
+        "get_current_stream": 0,
     }
-    interface = type(
-        "AbsentGpu",
-        (device_interface.CudaInterface,),
-        {"Worker": Worker, **{n: staticmethod(_returning(a)) for n, a in answers.items()}},
-    )
-    driver_of_absent_gpu = type(
-        "AbsentDriver",
-        (backends["nvidia"].driver,),
-        {
-            "__init__": _returning(None),  # Triton's own loads the CUDA library
-            "get_current_target": staticmethod(_returning(GPUTarget("cuda", 90, 32))),
-            "get_current_device": staticmethod(_returning(0)),
-            "get_current_stream": staticmethod(_returning(0)),
-        },
-    )
-    of_torch_cuda = {
-        "is_available": True,
-        "get_device_properties": PROPERTIES,
-        "get_device_capability": (9, 0),
-        "get_rng_state": torch.zeros(16, dtype=torch.uint8),
-        "set_rng_state": None,
-        "set_device": None,
-        "_exchange_device": 0,
-        "_maybe_exchange_device": 0,
-    }
+    # Without the base's __init__, which loads the CUDA library.
+    attributes = {"__init__": _returning(None), **_static(of_triton)}
+    absent_driver = type("AbsentDriver", (backends["nvidia"].driver,), attributes)()
     device_interface.get_interface_for_device("cuda")  # the table of interfaces is filled lazily
     with contextlib.ExitStack() as stack:
         on = stack.enter_context
         on(mock.patch.dict(device_interface.device_interfaces, {"cuda": interface}))
-        for name, answer in of_torch_cuda.items():
+        for name, answer in OF_TORCH_CUDA.items():
             on(mock.patch.object(torch.cuda, name, _returning(answer)))
         if hasattr(fake_tensor, "init_gpu_context"):  # which makes a CUDA tensor; gone in 2.13
             on(mock.patch.object(fake_tensor, "init_gpu_context", _returning(None)))
-        on(mock.patch.object(driver, "_active", driver_of_absent_gpu()))
+        on(mock.patch.object(driver, "_active", absent_driver))
         # What has been asked before was answered for this machine, and the other way round.
         answered = [f for f in vars(_triton).values() if hasattr(f, "cache_clear")]
         for function in (*answered, DeviceProperties.create):
@@ -165,9 +165,8 @@ def _returning(value: Any) -> Callable[..., Any]:
     return lambda *args, **kwargs: value
 
 
-def without_fusion() -> dict[str, Any]:
-    """Return options with which Inductor makes a kernel of each reduction, and of what remains."""
-    return {"max_fusion_size": 1}
+def _static(answers: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: staticmethod(_returning(answer)) for name, answer in answers.items()}
 
 
 def backend(
@@ -227,6 +226,7 @@ def generate(
     from torch._inductor.graph import GraphLowering
     from torch._subclasses import FakeTensorMode
 
+    lookup_seed = torch.ops.prims.inductor_lookup_seed
     sources: list[str] = []
 
     def keep_source(lowering: Any) -> Any:
@@ -238,6 +238,8 @@ def generate(
         torch.no_grad(),
         config.patch({**OPTIONS, **(options or {})}),
         mock.patch.object(GraphLowering, "compile_to_module", keep_source),
+        # Takes an element of a fake CUDA tensor, for which torch would need a CUDA build.
+        mock.patch.object(lookup_seed.default, "prim_meta_impl", _fake_seed),
     ):
         mode = FakeTensorMode()
         with tracing(TracingContext(mode)):
@@ -246,6 +248,10 @@ def generate(
             compile_fx_inner(graph, moved, **keywords)
     (source,) = sources
     return source
+
+
+def _fake_seed(seeds: Tensor, index: Any) -> Tensor:
+    return seeds.new_empty(())
 
 
 def _on_cuda(value: Any, mode: Any) -> Any:
