@@ -223,6 +223,16 @@ def test_the_figures_in_the_docs(records: Records) -> None:
     assert {row: figures for row, *figures in table} == found
 
 
+def test_random_numbers(records: Records) -> None:
+    """They are drawn in the kernel that uses them; a library makes the seed."""
+    forward, backward = records.random.graphs
+    assert forward.externs == ("mm", "randint")
+    (kernel,) = forward.kernels
+    assert kernel.operators == ("aten.addmm", "aten.native_dropout", "aten.sum")
+    assert "tl.rand(" in kernel.source
+    assert [kernel.operators[1] for kernel in backward.kernels] == ["aten.native_dropout_backward"]
+
+
 # --- What they are compiled to ------------------------------------------------------------------
 
 
@@ -237,6 +247,10 @@ def test_each_kernel_is_built_in_each_configuration(records: Records, name: str)
             assert (one.stack, one.local) == (0, 0), f"{kernel.name} spills, or uses local memory"
             assert 0 < one.registers < 255
             assert one.warps in (1, 2, 4, 8, 16, 32)
+
+
+def test_a_kernel_that_spills_is_noticed(records: Records) -> None:
+    assert any(built.stack > 1000 for built in records.spilling)
 
 
 # --- What they compute --------------------------------------------------------------------------

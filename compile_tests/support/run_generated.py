@@ -5,6 +5,7 @@ In a process of its own, since all of it sees a GPU that is not there.
 
 from __future__ import annotations
 
+import dataclasses
 import pickle
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 
 import fcall
-from compile_tests.support.triton_cases import cases
+from compile_tests.support.triton_cases import WIDTH, cases
 from fcall._torch import ahead, triton
 from fcall.kernels import Built, Generated, Kernel, cubins, generate
 
@@ -37,6 +38,10 @@ class Records(NamedTuple):
     cubins: dict[Kernel, tuple[Built, ...]]
     huge: Generated
     """A layer whose weights no machine's memory would hold, from fake tensors."""
+    random: Generated
+    """Dropout, forward and backward."""
+    spilling: tuple[Built, ...]
+    """A kernel that was made to need more registers than there are."""
 
 
 def main(path: Path) -> None:
@@ -51,7 +56,8 @@ def main(path: Path) -> None:
         records[name] = Record(ours, plain, unfused, [route.kind for route in routes])
     kernels = dict.fromkeys(k for record in records.values() for k in record.ours.kernels)
     built = {kernel: cubins(kernel) for kernel in kernels}
-    path.write_bytes(pickle.dumps(Records(records, built, _huge())))
+    spilling = _spilling(records["forward"].ours.kernels[0])
+    path.write_bytes(pickle.dumps(Records(records, built, _huge(), _random(), spilling)))
 
 
 def _huge() -> Generated:
@@ -60,6 +66,22 @@ def _huge() -> Generated:
         weights = {name: torch.empty(tuple(p.shape)) for name, p in module.named_parameters()}
         x = torch.empty(16, 2**20)
     return generate(lambda p, x: fcall.functional_call(module, p, x).relu(), weights, x)
+
+
+def _random() -> Generated:
+    module = nn.Sequential(nn.Linear(16, 16), nn.Dropout())
+    weights = {name: p.detach().requires_grad_() for name, p in module.named_parameters()}
+    x = torch.empty(8, 16)
+    return generate(lambda p, x: fcall.functional_call(module, p, x).sum(), weights, x)
+
+
+def _spilling(kernel: Kernel) -> tuple[Built, ...]:
+    """Build the norm of WIDTH values, which a few threads hold in registers, for 4096 of them."""
+    source = kernel.source
+    for setting in ("R0_BLOCK: tl.constexpr = {}\n", "r0_numel = {}\n"):
+        assert setting.format(WIDTH) in source
+        source = source.replace(setting.format(WIDTH), setting.format(4096))
+    return cubins(dataclasses.replace(kernel, source=source))
 
 
 if __name__ == "__main__":

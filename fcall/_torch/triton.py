@@ -58,37 +58,19 @@ PROPERTIES = types.SimpleNamespace(
     gcnArchName="",
 )
 
-# What the functions of these names return while the GPU is thought to be there.
+# What functions of these names return while the GPU is thought to be there. Each is asked for.
 OF_TORCH_CUDA = {
     "is_available": True,
     "get_device_properties": PROPERTIES,
     "get_device_capability": (9, 0),
     "get_rng_state": torch.zeros(16, dtype=torch.uint8),
-    "set_rng_state": None,
     "set_device": None,
     "_exchange_device": 0,
     "_maybe_exchange_device": 0,
 }
-OF_DYNAMO_IN_WORKERS = {
-    "get_device_properties": PROPERTIES,
-    "current_device": 0,
-    "set_device": None,
-}
-OF_DYNAMO = {
-    "is_available": True,
-    "device_count": 1,
-    "current_device": 0,
-    "set_device": None,
-    "exchange_device": 0,
-    "maybe_exchange_device": 0,
-    "synchronize": None,
-    "get_raw_stream": 0,
-    "get_device_properties": PROPERTIES,
-    "get_compute_capability": 90,
-    "is_bf16_supported": True,
-    "is_triton_capable": True,
-    "raise_if_triton_unavailable": None,
-}
+OF_DYNAMO = {"current_device": 0, "get_device_properties": PROPERTIES, "is_bf16_supported": True}
+OF_DYNAMO_IN_WORKERS = {"get_device_properties": PROPERTIES}
+OF_TRITON = {"get_current_device": 0, "get_current_stream": 0}
 
 OPTIONS = {
     "fx_graph_cache": False,  # a graph out of the cache generates no code
@@ -136,11 +118,7 @@ def absent_gpu() -> Iterator[None]:
 
     interface = type("AbsentGpu", (device_interface.CudaInterface,), _static(OF_DYNAMO))
     interface.Worker = type("Worker", (), _static(OF_DYNAMO_IN_WORKERS))  # type: ignore[attr-defined]
-    of_triton = {
-        "get_current_target": GPUTarget("cuda", 90, 32),
-        "get_current_device": 0,
-        "get_current_stream": 0,
-    }
+    of_triton = {**OF_TRITON, "get_current_target": GPUTarget("cuda", 90, 32)}
     # Without the base's __init__, which loads the CUDA library.
     attributes = {"__init__": _returning(None), **_static(of_triton)}
     absent_driver = type("AbsentDriver", (backends["nvidia"].driver,), attributes)()
