@@ -6,6 +6,7 @@ VENV ?= .venv
 WORKERS ?= 2
 MINUTES ?= 10
 PEERS ?=
+DEVICE ?=
 ARGS ?=
 
 # Inductor takes $CXX, or g++ on Linux: where only another compiler is there, name it.
@@ -24,6 +25,8 @@ PIP_INSTALL = $(BIN)/python -m pip install -qq -c constraints.txt
 # The benchmarks' venv: with PEERS=1 one of their own, which has what fcall is compared with.
 PEERS_VENV = $(VENV)-peers
 PERF_VENV = $(if $(PEERS),$(PEERS_VENV)/.installed,$(VENV)/.installed-perf)
+# The device to measure on, or that which there is: see perf/bench.py.
+PERF_DEVICE = $(if $(DEVICE),PERF_DEVICE=$(DEVICE))
 PERF_PYTHON = $(if $(PEERS),$(PEERS_VENV),$(VENV))/bin/python
 # One OpenMP thread a worker: more only make the workers wait for each other.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest
@@ -32,7 +35,7 @@ PYTEST_PARALLEL = $(PYTEST) -n $(WORKERS)
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help setup demo perf perf-check test test-fast test-all fuzz check format lint types expect clean distclean
+.PHONY: help setup demo perf perf-check test test-fast test-all test-cuda fuzz check format lint types expect clean distclean
 .PHONY: need-python need-compiler
 
 help: ## list the targets
@@ -44,7 +47,7 @@ demo: need-compiler $(VENV)/.installed-demo ## see the library at work
 	$(BIN)/python -m demo $(ARGS)
 
 perf: need-compiler $(PERF_VENV) ## the benchmarks: tables, JSON, plots; PEERS=1 for others, too
-	OMP_NUM_THREADS=1 $(PERF_PYTHON) -W ignore -m perf $(if $(PEERS),--peers) $(ARGS)
+	$(PERF_DEVICE) OMP_NUM_THREADS=1 $(PERF_PYTHON) -W ignore -m perf $(if $(PEERS),--peers) $(ARGS)
 
 perf-check: need-compiler $(VENV)/.installed-perf ## counts (no times) against perf/expected.json
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m perf.check $(ARGS)
@@ -57,6 +60,9 @@ test-fast: $(VENV)/.installed-test ## the eager tests alone, nothing compiled
 
 test-all: need-compiler $(VENV)/.installed-test ## the slow tests too
 	$(PYTEST_PARALLEL) -m "not cuda" $(ARGS)
+
+test-cuda: need-compiler $(VENV)/.installed-test ## the tests that need a GPU, on this machine's
+	FCALL_MUST_RUN=cuda $(PYTEST) -m cuda $(ARGS)
 
 fuzz: $(VENV)/.installed-test ## random calls beside an oracle: make fuzz MINUTES=30
 	OMP_NUM_THREADS=1 $(BIN)/python -m compile_tests.fuzz --minutes $(MINUTES) $(ARGS)

@@ -27,7 +27,7 @@ FLOORS = [
     {"_torch", "identity", "prefixes", "routes", "version"},
     {"passes", "deprecation", "batch_norm", "errors"},
     {"scoped"},
-    {"binding", "meta", "refused", "rnn", "state"},
+    {"binding", "kernels", "meta", "refused", "rnn", "state"},
     {"mismatch"},
     {"substitution", "stacking"},
     {"plan"},

@@ -458,6 +458,29 @@ CASES = [
         ],
     ),
     Case(
+        "KernelsUnavailableError",
+        RuntimeError,
+        ("Triton is not installed",),
+        [
+            "no CUDA code can be generated here: ",
+            "Triton is not installed. ",
+            "Install the Triton that was made for this torch; ",
+            "for torch 2.13: pip install triton==3.7.1, on Linux.",
+        ],
+    ),
+    Case(
+        "NotOnCudaError",
+        ValueError,
+        (["a constant of shape (2,)", "aten.f_for_cpu.default"],),
+        [
+            "CUDA code is generated from a graph that was traced on the CPU, ",
+            "and in this one are things that would be otherwise on CUDA: ",
+            "a constant of shape (2,), aten.f_for_cpu.default. ",
+            "Instead of scaled_dot_product_attention write matmuls and a softmax; ",
+            "pass tensors that are made of numbers as arguments.",
+        ],
+    ),
+    Case(
         "UncachedBackendError",
         ValueError,
         ("eager",),

@@ -1,4 +1,4 @@
-"""The note on an error of a call whose values have other shapes than the module's own."""
+"""The notes on an error of a call whose values have other shapes, or are on other devices."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor, nn
 import fcall
 from compile_tests.support.models import MLP, Tied
 from compile_tests.support.oracle import unchanged
-from fcall.mismatch import explain_mismatched_shapes
+from fcall.mismatch import explain_mismatch
 
 
 def notes(module: nn.Module, given: dict[str, Any], error: BaseException | None = None) -> Any:
     """Return what is said on an error of a call with ``given``."""
     error = error or RuntimeError("shapes")
     with unchanged(module):
-        explain_mismatched_shapes(module, list(given), list(given.values()), error)
+        explain_mismatch(module, list(given), list(given.values()), error)
     return said_of(error)
 
 
@@ -49,9 +49,52 @@ def test_nothing_is_said_where_shapes_are_not_the_reason(given: dict[str, Any]) 
     assert notes(MLP(), given) == []
 
 
+def devices_note(module: nn.Module, given: dict[str, Any]) -> list[str]:
+    """Return what is said on torch's error about devices; "meta" is the only other one here."""
+    return notes(module, given, RuntimeError("Expected all tensors to be on the same device"))
+
+
+def test_tensors_on_several_devices() -> None:
+    given = {"l1.weight": torch.rand(4, 3), "l1.bias": torch.rand(4, device="meta")}
+    assert devices_note(MLP(), given) == [
+        "functional_call ran MLP with parameters and buffers on several devices: "
+        "on meta 'l1.bias'; on cpu 'l1.weight', 'l2.weight', 'l2.bias'. "
+        "Move the values given to one with .to(device)."
+    ]
+
+
+def test_a_tied_name_that_is_replaced_counts_no_more() -> None:
+    module = nn.Sequential(*[nn.Linear(2, 2, bias=False, device="meta") for _ in range(2)])
+    module[1].weight = module[0].weight
+    assert devices_note(module, {"1.weight": torch.rand(2, 2)}) == []
+
+
+def test_many_names_on_one_device_are_cut() -> None:
+    module = nn.Sequential(*[nn.Linear(2, 2) for _ in range(6)])
+    (note,) = devices_note(module, {"0.bias": torch.rand(2, device="meta")})
+    assert "on meta '0.bias'; on cpu '0.weight', '1.weight'" in note
+    assert "'4.weight', and 3 more." in note
+
+
+@pytest.mark.parametrize(
+    ("given", "error"),
+    [
+        ({"l1.bias": torch.rand(4)}, "the same device"),
+        ({"l1.bias": torch.rand(4, device="meta")}, "something else"),
+        ({"l1.bias": 3.0}, "the same device"),
+        ({"unknown": torch.rand((), device="meta")}, "the same device"),
+    ],
+    ids=["one device", "another error", "no tensor", "no dimensions"],
+)
+def test_nothing_is_said_where_devices_are_not_the_reason(
+    given: dict[str, Any], error: str
+) -> None:
+    assert notes(MLP(), given, RuntimeError(error)) == []
+
+
 def test_a_lazy_parameter_has_no_shape() -> None:
     error = RuntimeError("shapes")
-    explain_mismatched_shapes(nn.LazyLinear(2), ["weight"], [torch.rand(2, 3)], error)
+    explain_mismatch(nn.LazyLinear(2), ["weight"], [torch.rand(2, 3)], error)
     assert said_of(error) == []
 
 

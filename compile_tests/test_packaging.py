@@ -62,7 +62,7 @@ def _make(target: str, folder: Path, *settings: str) -> subprocess.CompletedProc
     )
 
 
-@pytest.mark.parametrize("target", ["demo", "test", "test-all"])
+@pytest.mark.parametrize("target", ["demo", "test", "test-all", "test-cuda"])
 @pytest.mark.parametrize(
     ("settings", "clauses"),
     [
@@ -84,5 +84,14 @@ def test_what_a_machine_lacks_is_said_in_one_line(
 
 def test_make_alone_lists_the_targets(tmp_path: Path) -> None:
     listed = _make("help", tmp_path).stdout
-    for target in ("demo", "test", "test-fast", "test-all", "check", "format", "expect"):
+    for target in (
+        "demo",
+        "test",
+        "test-fast",
+        "test-all",
+        "test-cuda",
+        "check",
+        "format",
+        "expect",
+    ):
         assert re.search(rf"^make {target} +\w", listed, re.MULTILINE)

@@ -48,6 +48,25 @@ def test_a_question(name: str, capsys: pytest.CaptureFixture[str]) -> None:
             assert not row.get("wrong"), row
 
 
+@pytest.mark.parametrize(
+    ("name", "there", "expected"),
+    [("", False, "cpu"), ("", True, "cuda"), ("cpu", True, "cpu"), ("cuda", True, "cuda")],
+)
+def test_the_device(name: str, there: bool, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    assert bench.device(name).type == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [("cuda", "torch sees no CUDA device"), ("gpu", "the device is cpu or cuda, not 'gpu'")],
+)
+def test_a_device_that_is_not_there(name: str, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match=says):
+        bench.device(name)
+
+
 def test_every_file_with_a_question_is_asked() -> None:
     files = Path(bench.__file__).parent.glob("*.py")
     assert sorted(p.stem for p in files if "def main(quick" in p.read_text()) == sorted(QUESTIONS)

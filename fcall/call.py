@@ -24,7 +24,7 @@ from fcall import (
     substitution,
 )
 from fcall.binding import are_real_tensors, check_values
-from fcall.mismatch import explain_mismatched_shapes
+from fcall.mismatch import explain_mismatch
 from fcall.plan import find, resolve
 from fcall.refused import refused_write
 from fcall.rnn import needs_plain_rnns, with_plain_rnns
@@ -172,7 +172,7 @@ def _call(
         refused = refused_write(module, error)
         if refused:
             raise errors.InPlaceUnderTransformError(*refused) from error
-        explain_mismatched_shapes(module, names, values, error)
+        explain_mismatch(module, names, values, error)
         raise
     finally:
         if not swap.is_over:

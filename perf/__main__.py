@@ -35,6 +35,9 @@ def main() -> int:
     asked = options.questions or QUESTIONS
     if unknown := set(asked) - set(QUESTIONS):
         parser.error(f"no such question: {', '.join(sorted(unknown))}")
+    from perf import bench  # fails here, and not once a question, where PERF_DEVICE is not there
+
+    print(f"device: {bench.DEVICE.type}", flush=True)
     flags = ["--quick"] * options.quick + ["--peers"] * options.peers
     failed = []
     for number, name in enumerate(asked, 1):

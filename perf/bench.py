@@ -27,8 +27,25 @@ from rich.table import Table
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-RESULTS = Path(__file__).parent / "results"
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+def device(name: str) -> torch.device:
+    """Return the device called ``name``; of an empty name, the GPU if there is one."""
+    there = torch.cuda.is_available()
+    if name not in ("", "cpu", "cuda"):
+        raise SystemExit(f"perf: the device is cpu or cuda, not {name!r}")
+    if name == "cuda" and not there:
+        build = torch.version.cuda and f"for CUDA {torch.version.cuda}"
+        raise SystemExit(
+            "perf: cuda was asked for, but torch sees no CUDA device: "
+            f"torch {torch.__version__} was built {build or 'without CUDA'}"
+        )
+    return torch.device(name or ("cuda" if there else "cpu"))
+
+
+DEVICE = device(os.environ.get("PERF_DEVICE", ""))
+FOLDER = "cuda" if DEVICE.type == "cuda" else ""
+"""Where in the folders of results and of plots those of this device are."""
+RESULTS = Path(__file__).parent / "results" / FOLDER
 
 Contenders = Mapping[str, Callable[[], Any]]
 """What to call, by name. Ratios of ``"X, compiled"`` and ``"fcall.compile"`` are to
@@ -184,7 +201,7 @@ def record(question: str | None, axis: str, rows: list[Row], unit: str = "us") -
 
 def store(name: str, record: dict[str, Any]) -> Path:
     """Write ``record`` with what it was measured on to ``perf/results/<name>.json``."""
-    RESULTS.mkdir(exist_ok=True)
+    RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps({**_measured_on(), **record}, indent=1) + "\n")
     return path

@@ -12,9 +12,9 @@ matplotlib.use("svg")
 
 from matplotlib import pyplot
 
-from perf.bench import RESULTS
+from perf.bench import FOLDER, RESULTS
 
-IMAGES = Path(__file__).parents[1] / "docs" / "images"
+IMAGES = Path(__file__).parents[1] / "docs" / "images" / FOLDER
 STYLES = {"torch.func": "tab:orange", "fcall": "tab:blue", "module": "tab:gray"}
 
 

@@ -9,6 +9,8 @@ import os
 
 import pytest
 
+from fcall._torch import triton
+
 
 def need(what: str, problem: str) -> None:
     """Skip the test if there is a problem with ``what``, or fail it where it must run."""
@@ -17,3 +19,8 @@ def need(what: str, problem: str) -> None:
     if what in os.environ.get("FCALL_MUST_RUN", "").split(","):
         pytest.fail(f"{what} must run here (FCALL_MUST_RUN), but: {problem}", pytrace=False)
     pytest.skip(problem)
+
+
+def need_triton() -> None:
+    """For tests that generate CUDA code."""
+    need("triton", triton.problem())

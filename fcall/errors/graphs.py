@@ -8,10 +8,12 @@ __all__ = [
     "BakedStateError",
     "ExportedGradientError",
     "GraphChangedError",
+    "KernelsUnavailableError",
     "LossError",
     "MissingValuesError",
     "MissingWeightsError",
     "NotAPackageError",
+    "NotOnCudaError",
     "NotPackagedError",
     "PackageDamagedError",
     "PackageMismatchError",
@@ -177,3 +179,25 @@ class UncachedBackendError(FcallError, ValueError):
         "'guard_filter_fn', 'size_asserts' and 'use_aoti'; it was given backend={0!r}. Leave out "
         "cache, or these."
     )
+
+
+class KernelsUnavailableError(FcallError, RuntimeError):
+    """CUDA code cannot be generated here. Details: why."""
+
+    template = (
+        "no CUDA code can be generated here: {}. Install the Triton that was made for this torch; "
+        "for torch 2.13: pip install triton==3.7.1, on Linux."
+    )
+
+
+class NotOnCudaError(FcallError, ValueError):
+    """A graph traced on the CPU is not what it would be on CUDA. Details: what in it is not."""
+
+    def describe(self, found: list[str]) -> str:
+        """Return the message."""
+        return (
+            "CUDA code is generated from a graph that was traced on the CPU, and in this one are "
+            f"things that would be otherwise on CUDA: {', '.join(found)}. Instead of "
+            "scaled_dot_product_attention write matmuls and a softmax; pass tensors that are made "
+            "of numbers as arguments."
+        )
