@@ -232,18 +232,19 @@ def _is_in(source: str, variable: str) -> bool:
 class Compilation:
     """One compilation of a frame: Dynamo's guards, and the code to be run where they hold."""
 
-    __slots__ = ("_check", "_guards", "_undo_transforms", "run")
+    __slots__ = ("_check", "_guards", "_is_unobserved", "_undo_transforms", "_unobserved", "run")
 
     def __init__(self, guards: Any, run: FunctionType) -> None:
         self._guards = guards
         self._check = guards.root.check
-        self._undo_transforms = ahead.compiled_calls().undo_transforms
-        self.run = run
+        calls = ahead.compiled_calls()
+        self._is_unobserved, self._undo_transforms = calls.is_unobserved, calls.undo_transforms
+        self.run, self._unobserved = run, calls.unobserved(run)
 
     def __call__(self, *inputs: Any) -> Any:
         """Run the code."""
         try:
-            return self.run(*inputs)
+            return self._unobserved(*inputs) if self._is_unobserved() else self.run(*inputs)
         except BaseException:
             # As torch.compile does: the code enters transforms without try and finally.
             self._undo_transforms(0)
