@@ -109,7 +109,13 @@ def functional_call(
     if torch.compiler.is_dynamo_compiling():
         _torch.allow_rnns_in_this_trace()  # before the module is looked at, as one of them
     return _call(
-        module, parameter_and_buffer_dicts, args, dict(kwargs or {}), tie_weights, strict, method
+        module,
+        parameter_and_buffer_dicts,
+        args,
+        dict(kwargs) if kwargs else {},  # not dict({}), which takes long to trace
+        tie_weights,
+        strict,
+        method,
     )
 
 
@@ -145,6 +151,10 @@ def _call(
     method: str | None,
 ) -> Any:
     tracing = torch.compiler.is_dynamo_compiling()
+    if tracing:
+        is_done, out = _call_at_once(module, dicts, args, kwargs, tie_weights, strict, method)
+        if is_done:
+            return out
     alone = not tracing and eager.is_alone()  # before the module is looked at
     names, values, substitution, originals = prepare(
         module, dicts, (args, kwargs), tie_weights=tie_weights, strict=strict, method=method
@@ -172,6 +182,33 @@ def _call(
         swap.close()  # an interrupt may have come before the context could
         if swap.changed:
             write_back(dicts, names, swap.changed)
+
+
+def _call_at_once(
+    module: nn.Module,
+    dicts: Weights,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    tie_weights: bool,
+    strict: bool,
+    method: str | None,
+) -> tuple[bool, Any]:
+    """Do, in a trace, all that :func:`_call` does, if Dynamo can put the weights into place.
+
+    Returns:
+        Whether it could, and what the module returns.
+    """
+    _torch.allow_rnns_in_this_trace()
+    _torch.give_zero_tangents_storage_in_this_trace()
+    refuse_unsupported(module, method)
+    refuse_gradients_in_export(type(module).__name__)
+    placement, names, values = operator.place(module, dicts, tie_weights, strict)
+    if placement is None:
+        return False, None
+    out, changed = operator.call_placed(module, method, placement, values, args, kwargs)
+    if changed:
+        write_back(dicts, names, {names.index(name): value for name, value in changed})
+    return True, out
 
 
 def _context(
@@ -314,6 +351,6 @@ _torch.start_no_graphs_in(
     routes,
     scoped,
     substitution,
-    *(_call, _context, merge, prepare),
+    *(_call, _call_at_once, _context, merge, prepare),
     *(refuse_gradients_in_export, refuse_unsupported, write_back),
 )
