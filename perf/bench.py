@@ -38,7 +38,7 @@ Row = dict[str, Any]
 """``panel`` and ``n``: where it was measured; ``contender``; ``median``, ``low``, ``high``: time a
 call; ``ratio``: how many times the time of torch.func is its own; ``peak_bytes``: of new tensors,
 at the worst moment of a call; ``off_by``: the largest relative difference of its results from those
-of the first contender."""
+of the first contender. Of some questions more: see :data:`OPTIONAL`."""
 
 
 def measure(
@@ -153,6 +153,8 @@ def allocations(call: Callable[[], Any]) -> list[int]:
 
 OPTIONAL = {
     "above": "above module",
+    "cpu": "CPU s",
+    "cpu_of_module": "CPU / module's",
     "peak_bytes": "peak bytes",
     "kept_bytes": "kept bytes",
     "wrong": "wrong results",
