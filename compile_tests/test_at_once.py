@@ -14,7 +14,7 @@ import fcall
 from compile_tests.support.compiled import capture, check_compiled
 from compile_tests.support.models import MLP
 from compile_tests.support.oracle import assert_close, state_of, unchanged
-from fcall.operator import dynamo as traced
+from fcall.operator import dynamo_names
 
 pytestmark = pytest.mark.compiled
 
@@ -25,14 +25,14 @@ call = fcall.functional_call
 def at_once(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Whether each call, in each attempt to trace it, was given a placement."""
     found: list[bool] = []
-    own = traced.PlaceVariable.call_function
+    own = dynamo_names.PlaceVariable.call_function
 
     def recorded(self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
         result = own(self, tx, args, kwargs)
         found.append(len(result.items[1].items) > 0)
         return result
 
-    monkeypatch.setattr(traced.PlaceVariable, "call_function", recorded)
+    monkeypatch.setattr(dynamo_names.PlaceVariable, "call_function", recorded)
     return found
 
 

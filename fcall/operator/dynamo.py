@@ -1,24 +1,17 @@
-"""How Dynamo traces the operators. Imported at the first trace, since it needs all of Dynamo."""
+"""How Dynamo traces the operator. Imported at the first trace, since it needs all of Dynamo."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from typing import Any
 
-from torch import nn
 from torch.fx import GraphModule, Node
 
 from fcall import _torch, errors, routes
-from fcall.at_once import placement_variable
-from fcall.binding import TENSORS, Binding, kept_on_meta
-from fcall.operator.hop import bind_op, functional_call_op, name_placeholders, place_op
-from fcall.operator.names import placeholder_name
-from fcall.placement import Placement
-from fcall.plan import binding_for
+from fcall.operator.dynamo_names import known
+from fcall.operator.hop import functional_call_op, name_placeholders
 from fcall.refused import refused_write
-from fcall.scoped import own_dict
 
-__all__ = ["BindVariable", "FunctionalCallVariable", "PlaceVariable"]
+__all__ = ["FunctionalCallVariable"]
 
 dynamo = _torch.dynamo()
 _Variable: Any = dynamo.TorchHigherOrderOperatorVariable
@@ -43,7 +36,7 @@ class FunctionalCallVariable(_Variable):
             names = (*placement.placeholders, *names)
         called = kwargs["module"].realize()
         module = called.python_type().__name__
-        inlined = _inlined_calls(tx)
+        inlined = known(tx, "inlined")
         # A module made in the traced code is made anew in each attempt: its class has to do.
         key = (called.python_type() if called.source is None else id(called.value), names)
         try:
@@ -100,159 +93,6 @@ class FunctionalCallVariable(_Variable):
         )
 
 
-class BindVariable(_Variable):
-    """Resolves names while tracing, on the live module, and guards that the result stays the same.
-
-    To trace :func:`fcall.binding.bind` would take long, and would make inputs of all tensors of the
-    module: replacing one would compile anew, and so would giving the module's own tensors in one
-    call, but not in the next.
-    """
-
-    _HOP_NAME = "fcall_bind"
-
-    def call_function(self, tx: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
-        """Trace ``bind_op(bind, module, names, tie_weights, strict)``."""
-        bind, module, *rest = [arg.realize() for arg in args]
-        live = getattr(module, "value", None)
-        if not isinstance(live, nn.Module) or module.source is None or _written(tx, live):
-            # The trace knows a state of the module that the live one is not in.
-            return bind.call_function(tx, [module, *rest], {})
-        names, tie_weights, strict = (arg.as_python_constant() for arg in rest)
-
-        try:
-            binding = _guarded_binding(module, names, tie_weights, strict)
-        except errors.FcallError as error:
-            errors.fail_while_tracing(type(error), *error.details)
-        result = (binding._replace(kept=[]), kept_on_meta(live, binding))
-        return _Variable.build(tx, result)
-
-
-class PlaceVariable(_Variable):
-    """Resolves names while tracing, and checks values, if a call needs nothing but the usual.
-
-    That is: a live module, mappings that are plain dicts in a trace, tensors that are no subclasses
-    and not on meta, no two names for one value, and slots in dicts of parameters and buffers.
-    """
-
-    _HOP_NAME = "fcall_place"
-
-    def call_function(self, tx: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
-        """Trace ``place_op(module, dicts, tie_weights, strict)``."""
-        module, dicts, *rest = [arg.realize() for arg in args]
-        tie_weights, strict = (arg.as_python_constant() for arg in rest)
-        live = getattr(module, "value", None)
-        nothing = _Variable.build(tx, (None, (), ()))
-        if not isinstance(live, nn.Module) or module.source is None or _written(tx, live):
-            return nothing
-        given = _weights_in(tx, dicts)
-        if given is None:
-            return nothing
-        names = tuple(given)
-        placements = _placements(tx)
-        key = id(live), names, tie_weights, strict
-        if key not in placements:
-            try:
-                binding = binding_for(live, names, tie_weights=tie_weights, strict=strict)
-            except errors.FcallError:
-                return nothing  # and have it raised
-            placements[key] = _placement(binding, names)
-            if binding.same or kept_on_meta(live, binding):
-                placements[key].is_possible = False
-        if not placements[key].is_possible:
-            return nothing
-        _guarded_binding(module, names, tie_weights, strict)
-        of_names = dynamo.TupleVariable([_Variable.build(tx, name) for name in names])
-        values = dynamo.TupleVariable(list(given.values()))
-        return dynamo.TupleVariable([placement_variable(placements[key]), of_names, values])
-
-
-def _placement(binding: Binding, names: tuple[str, ...]) -> Placement:
-    asked_for = dict(zip(binding.homes, names))
-    targets = enumerate(zip(binding.slots, binding.sources))
-    return Placement(
-        binding,
-        [(asked_for.get(position), slot, source) for position, (slot, source) in targets],
-        is_in_operator=True,
-        placeholders=tuple([placeholder_name(name) for name in names]),
-    )
-
-
-def _weights_in(tx: Any, dicts: Any) -> dict[str, Any] | None:
-    """Return by name the variables that stand for the tensors in one mapping, or in several."""
-    parts = [dicts]
-    if _class_of(dicts) in (list, tuple):
-        parts = [part.realize() for part in dicts.unpack_var_sequence(tx)]
-    given: dict[str, Any] = {}
-    count = 0
-    for part in parts:
-        if _class_of(part) not in (dict, OrderedDict):
-            return None
-        # As the traced code would ask for them, so that Dynamo guards what it has to.
-        keys, values = (
-            part.call_method(tx, name, [], {}).unpack_var_sequence(tx)
-            for name in ("keys", "values")
-        )
-        if not all(key.is_python_constant() for key in keys):
-            return None
-        names = [key.as_python_constant() for key in keys]
-        given.update(zip(names, [value.realize() for value in values]))
-        count += len(names)
-    plain = len(given) == count and all(map(_is_plain, given.values()))
-    return given if plain and all(isinstance(name, str) for name in given) else None
-
-
-def _class_of(variable: Any) -> Any:
-    try:
-        return variable.python_type()
-    except NotImplementedError:  # Dynamo does not know
-        return None
-
-
-def _is_plain(value: Any) -> bool:
-    """Whether a variable stands for a tensor of no subclass, which is on no meta device."""
-    return (
-        type(value) is dynamo.TensorVariable
-        and value.python_type() in TENSORS
-        and value.device is not None
-        and value.device.type != "meta"
-    )
-
-
-def _guarded_binding(
-    module: Any, names: tuple[str, ...], tie_weights: bool, strict: bool
-) -> Binding:
-    """Resolve names on the live module, with a guard that the result stays the same."""
-
-    def resolve(module: nn.Module) -> Binding:
-        return binding_for(module, names, tie_weights=tie_weights, strict=strict)
-
-    binding = resolve(module.value)
-
-    def same_binding(module: nn.Module) -> bool:
-        try:
-            return resolve(module) == binding
-        except errors.FcallError:
-            return False  # to be traced again, which raises it
-
-    guard = _torch.lambda_guard(same_binding, "names lead to the same slots")
-    dynamo.install_guard(module.source.make_guard(guard))
-    return binding
-
-
-def _written(tx: Any, module: nn.Module) -> bool:
-    """Whether the traced code has replaced parts of ``module``, or is in a call that does."""
-    effects = tx.output.side_effects
-    for owner in module.modules():
-        for store in (owner._parameters, owner._buffers, owner._modules):
-            own = own_dict(store)
-            if own in effects:
-                known = effects[own]
-                ignored = effects.ignore_mutation_on_these_variables
-                if known in ignored or effects.is_modified(known):
-                    return True
-    return False
-
-
 class _NotCapturableError(Exception):
     """The body changes what it has no operand for."""
 
@@ -295,25 +135,6 @@ def _realized(variable: Any) -> Any:
     return variable.realize()
 
 
-def _inlined_calls(tx: Any) -> dict[tuple[Any, tuple[str, ...]], str]:
-    """Return the calls to be inlined in this frame, with their reasons, as known so far.
-
-    They are kept where Dynamo keeps what it learnt in earlier attempts at the same frame.
-    """
-    log = tx.speculation_log
-    if not hasattr(log, "fcall_inlined"):
-        log.fcall_inlined = {}
-    return log.fcall_inlined  # type: ignore[no-any-return]
-
-
-def _placements(tx: Any) -> dict[Any, Placement]:
-    """Return the placements in this frame, some of which turned out not to be possible."""
-    log = tx.speculation_log
-    if not hasattr(log, "fcall_placements"):
-        log.fcall_placements = {}
-    return log.fcall_placements  # type: ignore[no-any-return]
-
-
 def _summary(error: Exception) -> str:
     """Return in one line what Dynamo says about a body that it cannot make a subgraph of."""
     first, *rest = str(error).strip().splitlines()
@@ -333,5 +154,3 @@ def _record_when_done(tx: Any, module: str, kind: str, reason: str = "") -> None
 
 
 dynamo.variable_classes[functional_call_op.__name__] = FunctionalCallVariable
-dynamo.variable_classes[bind_op.__name__] = BindVariable
-dynamo.variable_classes[place_op.__name__] = PlaceVariable
