@@ -177,7 +177,7 @@ def record(question: str | None, axis: str, rows: list[Row], unit: str = "us") -
         panel, last = ("" if row["panel"] == last else row["panel"]), row["panel"]
         cells = [panel, str(row["n"]), row["contender"], _figure(row["median"])]
         cells += [f"{_figure(row['low'])}-{_figure(row['high'])}"]
-        cells += [_figure(row[key]) for key in ("ratio", *others)]
+        cells += [_figure(row.get(key)) for key in ("ratio", *others)]
         table.add_row(*cells)
     console = Console()
     (console if console.is_terminal else Console(width=120)).print(table)
