@@ -99,7 +99,7 @@ def _rows(
     module: nn.Module, x: Tensor, calls: int, panel: str, n: int, quick: bool
 ) -> list[bench.Row]:
     weights = weights_for(module)
-    twin = with_weights(module, weights)
+    twin = with_weights(module, weights).requires_grad_(False)  # as the weights: torch asks for it
     compile = partial(torch.compile, fullgraph=True, backend=backend(quick))
 
     def calling(call: Callable[..., Any]) -> Callable[..., Any]:
