@@ -113,7 +113,13 @@ def functional_call(
     if is_dynamo_compiling():
         _torch.allow_rnns_in_this_trace()  # before the module is looked at, as one of them
     return _call(
-        module, parameter_and_buffer_dicts, args, dict(kwargs or {}), tie_weights, strict, method
+        module,
+        parameter_and_buffer_dicts,
+        args,
+        dict(kwargs) if kwargs else {},  # not dict({}), which takes long to trace
+        tie_weights,
+        strict,
+        method,
     )
 
 
@@ -149,6 +155,10 @@ def _call(
     method: str | None,
 ) -> Any:
     tracing = is_dynamo_compiling()
+    if tracing:
+        is_done, out = _call_at_once(module, dicts, args, kwargs, tie_weights, strict, method)
+        if is_done:
+            return out
     alone = not tracing and eager.is_alone()  # before the module is looked at
     names, values, substitution, originals = prepare(
         module, dicts, (args, kwargs), tie_weights=tie_weights, strict=strict, method=method
@@ -181,6 +191,30 @@ def _call(
             write_back(dicts, names, swap.changed)
 
 
+def _call_at_once(
+    module: nn.Module,
+    dicts: Weights,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    tie_weights: bool,
+    strict: bool,
+    method: str | None,
+) -> tuple[bool, Any]:
+    """Do, in a trace, all that :func:`_call` does, if Dynamo can put the weights into place.
+
+    Returns:
+        Whether it could, and what the module returns.
+    """
+    _begin_in_trace(module, method)
+    placement, names, values = operator.place(module, dicts, tie_weights, strict)
+    if placement is None:
+        return False, None
+    out, changed = operator.call_placed(module, method, placement, values, args, kwargs)
+    if changed:
+        write_back(dicts, names, {names.index(name): value for name, value in changed})
+    return True, out
+
+
 def prepare(
     module: nn.Module,
     dicts: Weights,
@@ -195,8 +229,7 @@ def prepare(
         return _prepare_in_trace(module, dicts, inputs, tie_weights, strict, method)
     if method is not None or _torch.is_traced_by_jit():
         refuse_unsupported(module, method)
-    if _torch.exports_gradients():
-        errors.fail(errors.ExportedGradientError, type(module).__name__)
+    refuse_gradients_in_export(type(module).__name__)
     given = merge(dicts)
     names, values = tuple(given), tuple(given.values())
     found = find(module, names, tie_weights=tie_weights, strict=strict)
@@ -217,6 +250,13 @@ def prepare(
     return names, values, substitution, originals
 
 
+def _begin_in_trace(module: nn.Module, method: str | None) -> None:
+    _torch.allow_rnns_in_this_trace()
+    _torch.give_zero_tangents_storage_in_this_trace()
+    refuse_unsupported(module, method)
+    refuse_gradients_in_export(type(module).__name__)
+
+
 def _prepare_in_trace(
     module: nn.Module,
     dicts: Weights,
@@ -225,11 +265,7 @@ def _prepare_in_trace(
     strict: bool,
     method: str | None,
 ) -> Prepared:
-    _torch.allow_rnns_in_this_trace()
-    _torch.give_zero_tangents_storage_in_this_trace()
-    refuse_unsupported(module, method)
-    if _torch.exports_gradients():
-        errors.fail(errors.ExportedGradientError, type(module).__name__)
+    _begin_in_trace(module, method)
     given = merge(dicts)
     names, values = tuple(given), tuple(given.values())
     binding, on_meta = operator.bind(module, names, tie_weights, strict)
@@ -338,6 +374,6 @@ _torch.start_no_graphs_in(
     scoped.dicts,
     scoped.scope,
     substitution,
-    *(_call, _prepare_in_trace, merge, prepare),
+    *(_begin_in_trace, _call, _call_at_once, _prepare_in_trace, merge, prepare),
     *(refuse_gradients_in_export, refuse_unsupported, write_back),
 )

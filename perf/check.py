@@ -16,7 +16,14 @@ EXPECTED = Path(__file__).parent / "expected.json"
 
 MARGIN = 0.1
 
-OF_VERSIONS = ("bytecodes", "calls of C", "Python's memory", "compiled module: kernels")
+OF_VERSIONS = (
+    "bytecodes",
+    "calls of C",
+    "Python's memory",
+    "compiled module: kernels",
+    "instructions traced",
+    "guards made",
+)
 """Counts that differ between versions of Python and torch."""
 
 

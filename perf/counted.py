@@ -7,10 +7,13 @@ import tracemalloc
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
+from operator import sub
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.symbolic_convert import InstructionTranslatorBase
+from torch._guards import Guard
 from torch._inductor import metrics
 
 import fcall
@@ -75,6 +78,53 @@ def frames() -> Counts:
     for given in (*kinds, [dict(items[:2]), dict(items[2:])], (dict(items[:1]), dict(items[1:]))):
         call(given, x)
     return {"fcall.compile, 6 equal calls: graphs compiled": len(compilations)}
+
+
+def compilation() -> Counts:
+    """What Dynamo does to compile a call, above what it does for the module itself."""
+    traced: dict[str, list[int]] = {}
+    for layers in (6, 36):
+        for name, make in _to_be_compiled(layers).items():
+            steps = calls_of(InstructionTranslatorBase, "step", make())
+            traced.setdefault(name, []).extend((steps, calls_of(Guard, "create", make())))
+    found: Counts = {"compiled module, 72 parameters: instructions traced": traced["module"][2]}
+    for name in ("functional_call", "fcall.compile"):
+        few, few_guards, many, guards = map(sub, traced[name], traced["module"])
+        found[f"{name} compiled, 72 parameters: instructions traced, above the module's"] = many
+        found[f"{name} compiled: instructions traced for one more parameter"] = (many - few) / 60
+        found[f"{name} compiled, 72 parameters: guards made, above the module's"] = guards
+        found[f"{name} compiled: guards made for one more parameter"] = (guards - few_guards) / 60
+    return found
+
+
+def _to_be_compiled(layers: int) -> dict[str, Callable[[], Callable[[], Any]]]:
+    module, x = mlp(*[8] * (layers + 1)), torch.ones(4, 8, device=bench.DEVICE)
+    weights = weights_for(module)
+    compile = partial(torch.compile, backend="eager")
+    ours = partial(fcall.functional_call, module)
+    return {
+        "module": lambda: partial(compile(module), x),
+        "functional_call": lambda: partial(compile(ours), weights, (x,)),
+        "fcall.compile": lambda: partial(fcall.compile(module, backend="eager"), weights, x),
+    }
+
+
+def calls_of(owner: type, method: str, call: Callable[[], Any]) -> int:
+    """Return how often ``call`` calls a method when it has to compile."""
+    torch.compiler.reset()
+    own, count = getattr(owner, method), 0
+
+    def counting(self: Any, *args: Any) -> Any:
+        nonlocal count
+        count += 1
+        return own(self, *args)
+
+    setattr(owner, method, counting)
+    try:
+        call()
+    finally:
+        setattr(owner, method, own)
+    return count
 
 
 def kernels() -> Counts:
@@ -166,5 +216,5 @@ def _constant(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[...
     return lambda *inputs: out
 
 
-COUNTED = (eager, compiled_call, frames, kernels)
+COUNTED = (eager, compiled_call, frames, compilation, kernels)
 """Eager calls first: compilers start threads, and then values stand beside the module's own."""

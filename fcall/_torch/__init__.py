@@ -330,7 +330,13 @@ def dynamo() -> SimpleNamespace:
     try:
         from torch._dynamo import exc
         from torch._dynamo.guards import install_guard
-        from torch._dynamo.variables import ConstDictVariable, TupleVariable, higher_order_ops
+        from torch._dynamo.variables import (
+            ConstDictVariable,
+            TensorVariable,
+            TupleVariable,
+            UserDefinedObjectVariable,
+            higher_order_ops,
+        )
 
         return SimpleNamespace(
             Unsupported=exc.Unsupported,
@@ -345,9 +351,11 @@ def dynamo() -> SimpleNamespace:
             speculate_subgraph=higher_order_ops.speculate_subgraph_with_auto_output_flattening,
             call_subgraph=higher_order_ops._call_function_with_auto_output_flattening,
             make_attr=higher_order_ops.make_attr,
-            # What stands for dicts and tuples in a trace.
+            # What stands for dicts, tensors, tuples and other objects in a trace.
             ConstDictVariable=ConstDictVariable,
+            TensorVariable=TensorVariable,
             TupleVariable=TupleVariable,
+            UserDefinedObjectVariable=UserDefinedObjectVariable,
             # Adds a condition under which the compiled code holds.
             install_guard=install_guard,
         )

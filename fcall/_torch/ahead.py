@@ -15,11 +15,13 @@ from fcall._torch import OPERATOR_PROBLEM, DynamoUnavailableError
 
 __all__ = [
     "artifacts",
+    "choose_guards_of_this_trace",
     "compiled_calls",
     "fake_mode",
     "inductor",
     "load_aoti",
     "package_aoti",
+    "source_of",
     "with_backward",
 ]
 
@@ -149,6 +151,50 @@ def _nested(code: CodeType) -> Iterator[CodeType]:
     for const in code.co_consts:
         if isinstance(const, CodeType):
             yield from _nested(const)
+
+
+def source_of(guard: Any) -> str:
+    """Return the expression for what a guard is on: a property since torch 2.12."""
+    name = guard.name
+    return name if isinstance(name, str) else name()  # type: ignore[no-any-return]
+
+
+def choose_guards_of_this_trace(
+    needed: Callable[[Sequence[Any], Callable[[Any], Any]], Sequence[bool]],
+) -> None:
+    """Leave out guards of the frame that Dynamo is tracing, once it is traced.
+
+    Public is ``guard_filter_fn``, an option of ``torch.compile``. It has Dynamo make all guards
+    twice, and it is asked for the frames of other functions, too, that are called after a graph
+    break. Where the names are gone all guards stay, which is right, but slower.
+
+    Args:
+        needed: Tells of each guard whether it stays, given a function that returns what a guard is
+            on, or None where that cannot be found.
+    """
+    try:
+        from torch._dynamo.symbolic_convert import InstructionTranslator
+
+        output = InstructionTranslator.current_tx().output
+        context = output.tracing_context.guards_context
+        scope = {"L": output.local_scope, "G": output.global_scope}
+
+        def value_of(guard: Any) -> Any:
+            try:
+                return eval(source_of(guard), dict(scope))  # an expression of Dynamo's
+            except Exception:  # noqa: BLE001, of something that is not there, or for itself alone
+                return None
+
+        def choose() -> None:
+            state = context.copy_graphstate()
+            keep = needed(list(state.dynamo_guards), value_of)
+            dropped = [guard for guard, kept in zip(state.dynamo_guards, keep) if not kept]
+            state.dynamo_guards.difference_update(dropped)
+            context.restore_graphstate(state)
+
+        output.add_cleanup_hook(choose)
+    except (ImportError, AttributeError):
+        pass
 
 
 def fake_mode() -> Any:

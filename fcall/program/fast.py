@@ -19,7 +19,7 @@ what a name stands for, ties, submodules,      :class:`fcall.program.structure.W
 hooks
 sizes of inputs, all other arguments,          Dynamo's guards, :meth:`Compilation.holds`: all but
 attributes of the module, globals and          those on the weights and those on what ``Watch``
-closures that it reads, its other tensors,     watches (``Frame._keep_guards``)
+closures that it reads, its other tensors,     watches (``Frame._needed``)
 grad mode, autocast, deterministic mode,
 default dtype and device, threads, modes of
 torch functions, hooks on saved tensors
