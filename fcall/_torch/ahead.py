@@ -73,6 +73,7 @@ def compiled_calls() -> SimpleNamespace:
         dispatch_modes = torch._C._len_torch_dispatch_stack
         is_recorded_by_jit = torch._C._get_tracing_state
         pre_dispatch_mode = mode_stack_state_for_pre_dispatch().get
+        hooks_on_saved_tensors = torch._C._autograd._top_saved_tensors_default_hooks
         forward_ad = torch.autograd.forward_ad
         undo_transforms = torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth
 
@@ -84,6 +85,7 @@ def compiled_calls() -> SimpleNamespace:
                 and pre_dispatch_mode(0) is None  # which is make_fx's
                 and forward_ad._current_level == -1
                 and is_recorded_by_jit() is None
+                and hooks_on_saved_tensors(True) is None
             )
 
         def is_usual() -> bool:

@@ -181,7 +181,7 @@ def _against_frames(inputs: list[Tensor] | None) -> str:
     except _torch.DynamoUnavailableError as error:
         return f"torch {torch.__version__} lacks what fast calls need: {error}"
     if not calls.is_plain():
-        return "it is in a trace, in a transform of torch.func, or under a mode"
+        return "it is in a trace, in a transform of torch.func, or under a mode or hooks"
     return "an argument may hold tensors out of sight" if inputs is None else ""
 
 

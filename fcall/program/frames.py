@@ -198,8 +198,10 @@ class Frame:
         for guard in guards:
             source = ahead.source_of(guard)
             of_weight = _is_in(source, "weights")
-            if guard.create_fn_name() != "TENSOR_MATCH":
-                keep.append(not _is_own(guard) and OWN_GLOBALS not in source)
+            kind = guard.create_fn_name()
+            if kind != "TENSOR_MATCH":
+                is_checked = kind in CHECKED or _is_own(guard) or OWN_GLOBALS in source
+                keep.append(not is_checked)
             elif of_weight:
                 keep.append(False)
             elif _is_in(source, "args") or _is_in(source, "kwargs"):
@@ -226,6 +228,9 @@ def _is_one_graph(code: CodeType) -> bool:
     used = {i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL"}
     return "functional_call" not in used and any(n.startswith("__compiled_fn") for n in used)
 
+
+CHECKED = {"AUTOGRAD_SAVED_TENSORS_HOOKS"}
+"""Kinds of guards that take long, on what calls are checked for: ``is_plain`` of ``ahead``."""
 
 OWN_GLOBALS = "['__import_fcall_dot_"
 """In the sources of fcall's own functions and constants, which stay as they are."""
