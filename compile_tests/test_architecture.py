@@ -31,7 +31,7 @@ FLOORS = [
     {"mismatch"},
     {"substitution", "stacking", "placement"},
     {"plan", "at_once"},
-    {"eager", "operator"},
+    {"eager", "given", "operator"},
     {"call"},
     {"program", "substitute", "stateless", "func", "ensemble"},
     {"functorch", "patch"},

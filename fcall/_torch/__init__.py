@@ -99,7 +99,7 @@ try:
     _pre_dispatch = torch._C.DispatchKey.PreDispatch
     _proxy = torch._C._TorchDispatchModeKey.PROXY
     # What _get_dispatch_mode_pre_dispatch(_proxy) gets by a longer way, in each eager call.
-    _pre_dispatch_mode = functools.partial(mode_stack_state_for_pre_dispatch().get, 0)
+    _pre_dispatch_modes = mode_stack_state_for_pre_dispatch().get
     _get_dispatch_mode = torch._C._get_dispatch_mode
 except (ImportError, AttributeError) as error:
     OPERATOR_PROBLEM = str(error)
@@ -156,7 +156,7 @@ def is_traced_by_jit() -> bool:
 
 def pre_dispatch_proxy_mode() -> bool:
     """Whether ``make_fx(pre_dispatch=True)`` or non-strict export is recording the caller."""
-    return _pre_dispatch_mode() is not None
+    return _pre_dispatch_modes(0) is not None
 
 
 def in_proxy_mode() -> bool:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from fcall import _torch, errors, routes
 from fcall._torch import ahead
-from fcall.call import Weights, functional_call, merge, prepare, write_back
+from fcall.call import functional_call
+from fcall.given import Weights, merge, prepare, write_back
 from fcall.plan import binding_for
 from fcall.program.cache import Cache
 from fcall.program.fast import MISS, FastRoute, tensors_in
