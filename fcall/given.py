@@ -1,4 +1,4 @@
-"""What a call is given: merged, checked, given its place in the module, and written back after it."""
+"""What a call is given: merged, checked, given its place in the module, and written back."""
 
 from __future__ import annotations
 
