@@ -19,6 +19,7 @@ from torch._inductor import metrics
 import fcall
 from perf import bench
 from perf.compiled_call import Sum
+from perf.eager_call import another_thread
 from perf.models import linears, mlp, weights_for
 
 Counts = dict[str, float]
@@ -42,6 +43,21 @@ def eager() -> Counts:
     found["eager, 288 parameters: bytes of new tensors"] = made_bytes(call) - made_bytes(
         partial(module, x)
     )
+    return found
+
+
+def beside() -> Counts:
+    """An eager call while another thread is alive, above the call of the module itself."""
+    found: Counts = {}
+    with another_thread():
+        for count in (72, 288):
+            module, x = linears(count // 2), torch.ones(1, 2, device=bench.DEVICE)
+            call = partial(fcall.functional_call, module, weights_for(module), (x,))
+            found[f"eager, another thread alive, {count} parameters: bytecodes"] = bytecodes(
+                call
+            ) - bytecodes(partial(module, x))
+    few, many = found.values()
+    found["eager, another thread alive: bytecodes for one more parameter"] = (many - few) / 216
     return found
 
 
@@ -216,5 +232,5 @@ def _constant(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[...
     return lambda *inputs: out
 
 
-COUNTED = (eager, compiled_call, frames, compilation, kernels)
+COUNTED = (eager, beside, compiled_call, frames, compilation, kernels)
 """Eager calls first: compilers start threads, and then values stand beside the module's own."""
