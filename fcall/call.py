@@ -111,12 +111,10 @@ def functional_call(
         args = ()
     elif not isinstance(args, tuple):
         args = (args,)
-    own_kwargs = dict(kwargs) if kwargs else {}  # not dict({}), which takes long to trace
-    of_call = module, parameter_and_buffer_dicts, args, own_kwargs, tie_weights, strict, method
     if is_dynamo_compiling():
         _torch.allow_rnns_in_this_trace()  # before the module is looked at, as one of them
-        return _call_in_trace(*of_call)
-    return _call(*of_call)
+    own_kwargs = dict(kwargs) if kwargs else {}  # not dict({}), which takes long to trace
+    return _call(module, parameter_and_buffer_dicts, args, own_kwargs, tie_weights, strict, method)
 
 
 def call_inlined(
@@ -133,7 +131,7 @@ def call_inlined(
     Nor are the calls as operators that the module makes. Where Dynamo traces it, it is one.
     """
     if is_dynamo_compiling():
-        return _call_in_trace(module, weights, args, kwargs, tie_weights, False, method)
+        return _call(module, weights, args, kwargs, tie_weights, False, method)
     token = _inlines.set(True)
     try:
         return _call(module, weights, args, kwargs, tie_weights, False, method)
@@ -150,6 +148,10 @@ def _call(
     strict: bool,
     method: str | None,
 ) -> Any:
+    # Asked here, and not by who calls: at a graph break in the module, Dynamo has this function
+    # called, and then it is not traced.
+    if is_dynamo_compiling():
+        return _call_in_trace(module, dicts, args, kwargs, tie_weights, strict, method)
     alone = eager.is_alone()  # before the module is looked at
     names, values, substitution, originals = prepare(
         module, dicts, (args, kwargs), tie_weights=tie_weights, strict=strict, method=method
