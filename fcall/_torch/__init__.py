@@ -12,6 +12,8 @@ import functools
 import importlib
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from itertools import repeat
+from operator import attrgetter, contains
 from types import CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -414,13 +416,18 @@ def trace_as_plain_dict(
         raise DynamoUnavailableError(str(error)) from error
 
 
+_attributes_of = attrgetter("__dict__")
+
+
 def compiled_among(modules: Iterable[nn.Module]) -> list[nn.Module]:
     """Return those of ``modules`` of which ``torch.compile`` may have made something."""
-    return [
-        module
-        for module in modules
-        if "dynamo_ctx" in (own := module.__dict__) or "_compiled_call_impl" in own
-    ]
+    modules = [*modules]
+    own = [*map(_attributes_of, modules)]  # no bytecode a module: there may be hundreds
+    if not any(map(contains, own, repeat("dynamo_ctx"))) and not any(
+        map(contains, own, repeat("_compiled_call_impl"))
+    ):
+        return []
+    return [m for m in modules if not {"dynamo_ctx", "_compiled_call_impl"}.isdisjoint(vars(m))]
 
 
 def attributes_when_not_compiled(module: nn.Module) -> dict[str, Any]:

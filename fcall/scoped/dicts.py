@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
+from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
 from fcall.passes import ABSENT, scoped_reads
@@ -56,18 +58,21 @@ class ScopedDict(_Reads):
     """A dict of a module, with other values for those in a scope.
 
     Its storage as a plain dict, which C code may look at, has the module's own entries, too.
-
-    Args:
-        own: The module's own dict.
-        scopes: The ids of the open scopes that have a layer.
     """
 
     __slots__ = ("own", "scopes")
+    own: dict[str, Any]
+    """The module's own dict."""
+    scopes: tuple[int, ...]
+    """The ids of the open scopes that have a layer."""
 
-    def __init__(self, own: dict[str, Any], scopes: tuple[int, ...]) -> None:
-        super().__init__(own)
-        self.own = own
-        self.scopes = scopes
+    @classmethod
+    def over(cls, owns: Sequence[dict[str, Any]], scopes: tuple[int, ...]) -> list[ScopedDict]:
+        """Return one for each of ``owns``. There may be hundreds: no bytecode for a single one."""
+        made = [*map(cls, owns)]
+        deque(map(cls.own.__set__, made, owns), maxlen=0)  # type: ignore[attr-defined]
+        deque(map(cls.scopes.__set__, made, repeat(scopes)), maxlen=0)  # type: ignore[attr-defined]
+        return made
 
     def _read(self, key: str) -> Any:
         layer = layer_over(self, key)

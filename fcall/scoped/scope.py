@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Sequence
-from itertools import repeat
 from operator import attrgetter
 from typing import Any
 
@@ -100,10 +99,10 @@ class Scope:
         with _lock:
             standing = read(homes, names)
             if {*map(type, standing)} == {dict}:
-                dicts = [*map(ScopedDict, standing, repeat(mine))]
+                dicts = ScopedDict.over(standing, mine)
             else:
                 dicts = [
-                    entries if type(entries) is ScopedDict else ScopedDict(entries, ())
+                    entries if type(entries) is ScopedDict else ScopedDict.over([entries], ())[0]
                     for entries in standing
                 ]
                 for scoped in dicts:
@@ -113,7 +112,9 @@ class Scope:
             self._homes += homes
             self._dicts += dicts
             put_in(homes, names, dicts)
-            return [self.layers.setdefault(id(scoped), {}) for scoped in dicts]
+            numbers = [*map(id, dicts)]
+            fresh: list[dict[str, Any]] = [{} for _ in dicts]
+            return [*map(self.layers.setdefault, numbers, fresh)]
 
     def layer_of_attributes(self, owner: nn.Module, kind: type, *names: str) -> dict[str, Any]:
         """Return a dict whose entries are, in this scope, attributes of ``owner``.
