@@ -27,10 +27,15 @@ def main(quick: bool = False, peers: bool = False) -> dict[str, Any]:
             calls = _calls(models)
             step = _forward if panel == "forward" else _step
             contenders = {name: partial(step, *call, x) for name, call in calls.items()}
-            for name in ("torch.func", "fcall", "fcall.Ensemble"):
+            for name in ("torch.func", "fcall", "fcall.Ensemble", "by hand"):
                 call, params = calls[name]
                 compiled = torch.compile(call, backend=backend(quick), fullgraph=True)
                 contenders[f"{name}, compiled"] = partial(step, compiled, params, x)
+            if panel != "forward":
+                for name, one_graph in _steps(models).items():
+                    compiled = torch.compile(one_graph, backend=backend(quick), fullgraph=True)
+                    params = {key: p.detach() for key, p in calls["torch.func"][1].items()}
+                    contenders[f"{name}, step compiled"] = partial(compiled, params, x)
             if peers:
                 from perf import peers as others
 
@@ -59,8 +64,46 @@ def _calls(models: list[Any]) -> dict[str, tuple[Call, dict[str, Tensor]]]:
         "torch.func": (under_vmap(CALLS["torch.func"]), stacked),
         "fcall": (under_vmap(CALLS["fcall"]), stacked),
         "fcall.Ensemble": (lambda _, x: ensemble(x), dict(ensemble.named_parameters())),
+        "by hand": (_by_hand, stacked),
         "a loop": (lambda _, x: torch.stack([model(x) for model in models]), own),
     }
+
+
+def _by_hand(params: dict[str, Tensor], x: Tensor) -> Tensor:
+    """Do what the members do as someone does who knows that they are an MLP."""
+    layers = sorted({name.partition(".")[0] for name in params}, key=int)
+    out = x.expand(len(params["0.weight"]), *x.shape)
+    for layer in layers:
+        weight, bias = params[f"{layer}.weight"], params[f"{layer}.bias"]
+        out = torch.baddbmm(bias[:, None], out if layer == "0" else out.tanh(), weight.mT)
+    return out
+
+
+def _steps(models: list[Any]) -> dict[str, Call]:
+    """Return for each contender a whole step, to be one graph; each member has its own loss."""
+    base = fcall.meta_copy(models[0])
+
+    def each(call: Callable[..., Any]) -> Callable[..., Any]:
+        def loss(params: dict[str, Tensor], x: Tensor) -> Tensor:
+            return call(base, params, (x,)).square().mean()  # type: ignore[no-any-return]
+
+        return torch.func.vmap(torch.func.grad_and_value(loss), in_dims=(0, None))
+
+    def all_at_once(params: dict[str, Tensor], x: Tensor) -> Any:
+        def losses(params: dict[str, Tensor]) -> Tensor:
+            return _by_hand(params, x).square().mean((1, 2)).sum()
+
+        return torch.func.grad_and_value(losses)(params)
+
+    def step(gradients: Callable[..., Any], params: dict[str, Tensor], x: Tensor) -> Tensor:
+        grads, losses = gradients(params, x)
+        for name, grad in grads.items():
+            params[name].sub_(grad, alpha=1e-12)
+        return torch.stack([losses.sum(), sum(grad.square().sum() for grad in grads.values())])
+
+    gradients = {name: each(call) for name, call in CALLS.items()}
+    gradients["by hand"] = all_at_once
+    return {name: partial(step, of_all) for name, of_all in gradients.items()}
 
 
 def _forward(call: Call, params: dict[str, Tensor], x: Tensor) -> Tensor:
