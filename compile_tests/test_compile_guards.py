@@ -255,7 +255,7 @@ def test_what_is_around_the_call(around: str, grad: bool) -> None:
             backward(out)
             backward(expected)
             assert_close(gradients(q), gradients(same))
-        if around in ("dispatch mode", "stance"):
+        if around in ("dispatch mode", "saved tensors hooks", "stance"):
             assert route.kind == "guarded"
     assert route_of(fn, p, x)[1].kind == "fast"
     with AROUND[around]():
@@ -483,6 +483,34 @@ def test_graph_breaks() -> None:
         out, route = route_of(fn, p, x)
         assert_close(out, loaded(module, p)(in_float64(x)))
         assert route.kind == "guarded"
+
+
+class Scaled(MLP):
+    """Breaks the graph, and calls a function of other tensors by the name of a frame's argument."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scales = [torch.ones(1, 2)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.encode(x)
+        torch._dynamo.graph_break()
+        return out * _mean(self.scales)
+
+
+def _mean(weights: list[Tensor]) -> Tensor:
+    torch._dynamo.graph_break()
+    return weights[0].sum() / len(weights[0].flatten())
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_functions_called_after_a_graph_break_keep_their_guards(backend: str) -> None:
+    module, x = Scaled(), torch.rand(2, 3)
+    p = state_of(module, seed=1)
+    fn = fcall.compile(module, backend=backend)
+    for scales in (torch.ones(1, 2), torch.full((3, 2), 2.0), torch.ones(2, 2).double()):
+        module.scales = [scales]
+        assert_close(fn(p, x), call(module, p, x))
 
 
 def test_python_state_is_kept() -> None:

@@ -5,8 +5,8 @@ names can lead to one slot (a submodule reachable by two paths), and two slots c
 (tied weights).
 
 A binding is plain data, without a reference to the module: :mod:`fcall.plan` keeps it from call to
-call, and :mod:`fcall.operator.dynamo` makes it a constant of a trace. Where neither can, Dynamo
-traces :func:`bind` itself, which is why it is simple code.
+call, and :mod:`fcall.operator.dynamo_names` makes it a constant of a trace. Where neither can,
+Dynamo traces :func:`bind` itself, which is why it is simple code.
 """
 
 from __future__ import annotations

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Mapping
 from contextvars import ContextVar
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
@@ -15,6 +14,7 @@ from fcall import (
     binding,
     eager,
     errors,
+    given,
     identity,
     operator,
     passes,
@@ -23,23 +23,24 @@ from fcall import (
     scoped,
     substitution,
 )
-from fcall.binding import are_real_tensors, check_values
+from fcall.binding import check_values
+from fcall.given import (
+    Weights,
+    merge,
+    prepare,
+    refuse_gradients_in_export,
+    refuse_meta,
+    refuse_unsupported,
+    write_back,
+)
 from fcall.mismatch import explain_mismatch
-from fcall.plan import find, resolve
 from fcall.refused import refused_write
 from fcall.rnn import needs_plain_rnns, with_plain_rnns
 from fcall.substitution import Substituted, Substitution, substitution_of
 
-__all__ = ["Weights", "functional_call"]
+__all__ = ["functional_call"]
 
 _inlines: ContextVar[bool] = ContextVar("fcall_inlines", default=False)
-
-Weights = Mapping[str, Tensor] | Sequence[Mapping[str, Tensor]]
-"""Values for parameters and buffers by name, in one mapping or in several without common names."""
-
-
-Prepared = tuple[tuple[str, ...], tuple[Any, ...], Substitution, Sequence[Any] | None]
-"""The names given; their values; where these go; and what stands there now, if it is known."""
 
 
 @_torch.shown_no_module
@@ -110,11 +111,12 @@ def functional_call(
         args = ()
     elif not isinstance(args, tuple):
         args = (args,)
+    own_kwargs = dict(kwargs) if kwargs else {}  # not dict({}), which takes long to trace
+    of_call = module, parameter_and_buffer_dicts, args, own_kwargs, tie_weights, strict, method
     if is_dynamo_compiling():
         _torch.allow_rnns_in_this_trace()  # before the module is looked at, as one of them
-    return _call(
-        module, parameter_and_buffer_dicts, args, dict(kwargs or {}), tie_weights, strict, method
-    )
+        return _call_in_trace(*of_call)
+    return _call(*of_call)
 
 
 def call_inlined(
@@ -131,7 +133,7 @@ def call_inlined(
     Nor are the calls as operators that the module makes. Where Dynamo traces it, it is one.
     """
     if is_dynamo_compiling():
-        return _call(module, weights, args, kwargs, tie_weights, False, method)
+        return _call_in_trace(module, weights, args, kwargs, tie_weights, False, method)
     token = _inlines.set(True)
     try:
         return _call(module, weights, args, kwargs, tie_weights, False, method)
@@ -148,12 +150,11 @@ def _call(
     strict: bool,
     method: str | None,
 ) -> Any:
-    tracing = is_dynamo_compiling()
-    alone = not tracing and eager.is_alone()  # before the module is looked at
+    alone = eager.is_alone()  # before the module is looked at
     names, values, substitution, originals = prepare(
         module, dicts, (args, kwargs), tie_weights=tie_weights, strict=strict, method=method
     )
-    if tracing or (operator.is_recorded() and not _inlines.get()):
+    if operator.is_recorded() and not _inlines.get():
         out, changed = operator.call(module, method, substitution, names, values, args, kwargs)
         write_back(dicts, names, changed)
         return out
@@ -181,143 +182,66 @@ def _call(
             write_back(dicts, names, swap.changed)
 
 
-def prepare(
+def _call_in_trace(
     module: nn.Module,
     dicts: Weights,
-    inputs: Any,
-    *,
-    tie_weights: bool,
-    strict: bool,
-    method: str | None = None,
-) -> Prepared:
-    """Check what is given, and return the names, their values, and where these go."""
-    if is_dynamo_compiling():
-        return _prepare_in_trace(module, dicts, inputs, tie_weights, strict, method)
-    if method is not None or _torch.is_traced_by_jit():
-        refuse_unsupported(module, method)
-    if _torch.exports_gradients():
-        errors.fail(errors.ExportedGradientError, type(module).__name__)
-    given = merge(dicts)
-    names, values = tuple(given), tuple(given.values())
-    found = find(module, names, tie_weights=tie_weights, strict=strict)
-    if found is None:
-        refuse_unsupported(module, method)
-        found = resolve(module, names, tie_weights=tie_weights, strict=strict)
-    substitution, originals, kept = found
-    on_meta: list[str] = []
-    if kept and not are_real_tensors(kept):
-        places = substitution.layout.kept
-        on_meta = [name for (name, _), own in zip(places, kept) if own.is_meta]
-    given_on_meta: list[str] = []
-    if substitution.layout.same or not are_real_tensors(values):
-        same = substitution.layout.same
-        given_on_meta = check_values(module, given, same, tie_weights=tie_weights)
-    if on_meta or given_on_meta:
-        _refuse_meta(module, on_meta, given_on_meta, (values, inputs))
-    return names, values, substitution, originals
-
-
-def _prepare_in_trace(
-    module: nn.Module,
-    dicts: Weights,
-    inputs: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
     tie_weights: bool,
     strict: bool,
     method: str | None,
-) -> Prepared:
+) -> Any:
+    _begin_in_trace(module, method)
+    placement, of_placement, placed = operator.place(module, dicts, tie_weights, strict)
+    if placement is not None:  # Dynamo can put the weights into place all at once
+        out, changed = operator.call_placed(module, method, placement, placed, args, kwargs)
+        if changed:
+            by_number = {of_placement.index(name): value for name, value in changed}
+            write_back(dicts, of_placement, by_number)
+        return out
+    names, values, substitution = _prepare_in_trace(
+        module, dicts, (args, kwargs), tie_weights, strict
+    )
+    out, by_number = operator.call(module, method, substitution, names, values, args, kwargs)
+    write_back(dicts, names, by_number)
+    return out
+
+
+def _begin_in_trace(module: nn.Module, method: str | None) -> None:
     _torch.allow_rnns_in_this_trace()
     _torch.give_zero_tangents_storage_in_this_trace()
     refuse_unsupported(module, method)
-    if _torch.exports_gradients():
-        errors.fail(errors.ExportedGradientError, type(module).__name__)
+    refuse_gradients_in_export(type(module).__name__)
+
+
+def _prepare_in_trace(
+    module: nn.Module, dicts: Weights, inputs: Any, tie_weights: bool, strict: bool
+) -> tuple[tuple[str, ...], tuple[Any, ...], Substitution]:
+    """Do in a trace what :func:`prepare` does."""
     given = merge(dicts)
     names, values = tuple(given), tuple(given.values())
     binding, on_meta = operator.bind(module, names, tie_weights, strict)
     substitution = substitution_of(module, binding)
     given_on_meta = check_values(module, given, binding.same, tie_weights=tie_weights)
     if on_meta or given_on_meta:
-        _refuse_meta(module, on_meta, given_on_meta, (values, inputs))
-    return names, values, substitution, None
+        refuse_meta(module, on_meta, given_on_meta, (values, inputs))
+    return names, values, substitution
 
 
 def swap_for_block(
     module: nn.Module, dicts: Weights, *, tie_weights: bool, strict: bool
 ) -> tuple[tuple[str, ...], eager.Swap | Substituted]:
     """Return the names given, and the context in which their values stand in ``module``."""
+    if is_dynamo_compiling():
+        _begin_in_trace(module, None)
+        names, values, substitution = _prepare_in_trace(module, dicts, (), tie_weights, strict)
+        operator.record_inlined(type(module).__name__, "a block of calls is no single call")
+        return names, Substituted(substitution, values)
     names, values, substitution, _ = prepare(
         module, dicts, (), tie_weights=tie_weights, strict=strict
     )
-    if is_dynamo_compiling():
-        operator.record_inlined(type(module).__name__, "a block of calls is no single call")
-        return names, Substituted(substitution, values)
     routes.record(type(module).__name__, routes.EAGER)
     return names, eager.new_swap(substitution, values, alone=False)
-
-
-def merge(dicts: Weights) -> dict[str, Any]:
-    """Return one dict of all that is given."""
-    if type(dicts) is dict or isinstance(dicts, Mapping):
-        return dict(dicts)
-    if not isinstance(dicts, Sequence) or isinstance(dicts, (str, bytes)):
-        errors.fail(errors.InvalidDictsError, type(dicts).__name__)
-    given: dict[str, Any] = {}
-    for part in dicts:
-        if not isinstance(part, Mapping):
-            errors.fail(errors.InvalidDictsError, f"a sequence with a {type(part).__name__}")
-        for name, value in part.items():
-            if name in given:
-                errors.fail(errors.DuplicateNameError, name)
-            given[name] = value
-    return given
-
-
-def write_back(dicts: Weights, names: Sequence[str], changed: Mapping[int, Any]) -> None:
-    """Replace what the module reassigned, in the mapping that the name came in."""
-    for number, value in changed.items():
-        name = names[number]
-        for part in [dicts] if isinstance(dicts, Mapping) else dicts:
-            if name in part:
-                if not isinstance(part, MutableMapping):
-                    errors.fail(errors.ReadOnlyMappingError, name, type(part).__name__)
-                part[name] = value
-
-
-def refuse_unsupported(module: nn.Module, method: str | None) -> None:
-    """Refuse what is no module, or whose state is out of Python's reach."""
-    if (
-        isinstance(module, nn.Module)
-        and not isinstance(module, (torch.jit.ScriptModule, nn.DataParallel))
-        and not torch.jit.is_tracing()
-        and (method is None or callable(getattr(module, method, None)))
-    ):
-        return
-    name = type(module).__name__
-    if isinstance(module, (torch.jit.ScriptModule, torch.jit.ScriptFunction)):
-        advice = "Its tensors are out of Python's reach: call the module it was scripted from."
-        errors.fail(errors.UnsupportedModuleError, f"the Jitted module {name}", advice)
-    if torch.jit.is_tracing() or torch.jit.is_scripting():
-        advice = "Use torch.export or fcall.export in place of torch.jit."
-        errors.fail(errors.UnsupportedModuleError, "Jitted modules (torch.jit is tracing)", advice)
-    if isinstance(module, nn.DataParallel):
-        advice = "Call module.module, or use DistributedDataParallel."
-        errors.fail(errors.UnsupportedModuleError, f"the nn.DataParallel module {name}", advice)
-    if not isinstance(module, nn.Module):
-        errors.fail(errors.NotAModuleError, name)
-    errors.fail(errors.UnknownMethodError, name, method, dir(type(module)))
-
-
-def refuse_gradients_in_export(title: str) -> None:
-    """Refuse what torch.export records wrongly without a word."""
-    if _torch.exports_gradients():
-        errors.fail(errors.ExportedGradientError, title)
-
-
-def _refuse_meta(module: nn.Module, own: list[str], values: list[str], given: Any) -> None:
-    """Refuse to mix real tensors with tensors on meta: the module's own, or values."""
-    leaves = _torch.pytree.tree_leaves(given)
-    if any(isinstance(leaf, torch.Tensor) and not leaf.is_meta for leaf in leaves):
-        whose = "given no value" if own else "given a value there"
-        errors.fail(errors.MetaTensorError, type(module).__name__, whose, sorted(own or values))
 
 
 # Graphs start at functional_call or above it, not in what it calls.
@@ -329,6 +253,7 @@ _torch.start_no_graphs_in(
     eager.direct,
     eager.swap,
     eager.traced,
+    given,
     identity,
     passes,
     plan,
@@ -338,6 +263,5 @@ _torch.start_no_graphs_in(
     scoped.dicts,
     scoped.scope,
     substitution,
-    *(_call, _prepare_in_trace, merge, prepare),
-    *(refuse_gradients_in_export, refuse_unsupported, write_back),
+    *(_begin_in_trace, _call, _call_in_trace, _prepare_in_trace),
 )

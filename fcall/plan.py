@@ -117,7 +117,8 @@ class _Plan:
         of_kept = [position[place] for _, place in kept]
         self.wanted = tuple(of_each), tuple(written), tuple(of_places), tuple(of_kept)
         references, keys = tuple(map(weakref.ref, owners)), tuple(key for _, _, key in entries)
-        self.expected = references, tuple(map(len, dicts)), keys, identities(tuple(held))
+        expected = references, tuple(map(len, dicts)), keys, identities(tuple(held))
+        self.asked = *expected, *self.wanted
         number_of_place = {place: i for i, place in enumerate(places)}
         place_of_each = [
             number_of_place.get((*homes[i], key), -1) for i in written for key in keys_of[i]
@@ -138,7 +139,7 @@ class _Plan:
     def find(self) -> Found | None:
         """Return what the plan means for the modules, or None if they are built in another way."""
         own_dict = scoped.own_dict if scoped.count() else None
-        looked = look(*self.expected, *self.wanted, own_dict)
+        looked = look(*self.asked, own_dict)
         return None if looked is None else self.found_in(looked)
 
     def found_in(self, looked: Looked) -> Found:

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from fcall import _torch
-from fcall.call import Weights, swap_for_block, write_back
+from fcall.call import swap_for_block
+from fcall.given import Weights, write_back
 from fcall.rnn import PlainRNNs, needs_plain_rnns
 
 __all__ = ["substitute"]

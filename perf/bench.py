@@ -55,7 +55,7 @@ Row = dict[str, Any]
 """``panel`` and ``n``: where it was measured; ``contender``; ``median``, ``low``, ``high``: time a
 call; ``ratio``: how many times the time of torch.func is its own; ``peak_bytes``: of new tensors,
 at the worst moment of a call; ``off_by``: the largest relative difference of its results from those
-of the first contender."""
+of the first contender. Of some questions more: see :data:`OPTIONAL`."""
 
 
 def measure(
@@ -170,6 +170,8 @@ def allocations(call: Callable[[], Any]) -> list[int]:
 
 OPTIONAL = {
     "above": "above module",
+    "cpu": "CPU s",
+    "cpu_of_module": "CPU / module's",
     "peak_bytes": "peak bytes",
     "kept_bytes": "kept bytes",
     "wrong": "wrong results",
@@ -192,7 +194,7 @@ def record(question: str | None, axis: str, rows: list[Row], unit: str = "us") -
         panel, last = ("" if row["panel"] == last else row["panel"]), row["panel"]
         cells = [panel, str(row["n"]), row["contender"], _figure(row["median"])]
         cells += [f"{_figure(row['low'])}-{_figure(row['high'])}"]
-        cells += [_figure(row[key]) for key in ("ratio", *others)]
+        cells += [_figure(row.get(key)) for key in ("ratio", *others)]
         table.add_row(*cells)
     console = Console()
     (console if console.is_terminal else Console(width=120)).print(table)

@@ -16,7 +16,14 @@ EXPECTED = Path(__file__).parent / "expected.json"
 
 MARGIN = 0.1
 
-OF_VERSIONS = ("bytecodes", "calls of C", "Python's memory", "compiled module: kernels")
+OF_VERSIONS = (
+    "bytecodes",
+    "calls of C",
+    "Python's memory",
+    "compiled module: kernels",
+    "instructions traced",
+    "guards made",
+)
 """Counts that differ between versions of Python and torch."""
 
 
@@ -71,9 +78,12 @@ def _count() -> dict[str, float]:
 
 
 def _versions() -> str:
-    """Return the versions that counts depend on, without their last parts."""
+    """Return what counts depend on: versions, without their last parts, and whether C is used."""
+    from fcall.passes import IN_C
+
     versions = {"Python": platform.python_version(), "torch": metadata.version("torch")}
-    return ", ".join(f"{name} {'.'.join(v.split('.')[:2])}" for name, v in versions.items())
+    texts = [f"{name} {'.'.join(v.split('.')[:2])}" for name, v in versions.items()]
+    return ", ".join([*texts, f"passes in {'C' if IN_C else 'Python'}"])
 
 
 def _show(found: dict[str, float], expected: dict[str, float], skipped: list[str]) -> None:

@@ -7,15 +7,19 @@ import tracemalloc
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
+from operator import sub
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.symbolic_convert import InstructionTranslatorBase
+from torch._guards import Guard
 from torch._inductor import metrics
 
 import fcall
 from perf import bench
 from perf.compiled_call import Sum
+from perf.eager_call import another_thread
 from perf.models import linears, mlp, weights_for
 
 Counts = dict[str, float]
@@ -39,6 +43,21 @@ def eager() -> Counts:
     found["eager, 288 parameters: bytes of new tensors"] = made_bytes(call) - made_bytes(
         partial(module, x)
     )
+    return found
+
+
+def beside() -> Counts:
+    """An eager call while another thread is alive, above the call of the module itself."""
+    found: Counts = {}
+    with another_thread():
+        for count in (72, 288):
+            module, x = linears(count // 2), torch.ones(1, 2, device=bench.DEVICE)
+            call = partial(fcall.functional_call, module, weights_for(module), (x,))
+            found[f"eager, another thread alive, {count} parameters: bytecodes"] = bytecodes(
+                call
+            ) - bytecodes(partial(module, x))
+    few, many = found.values()
+    found["eager, another thread alive: bytecodes for one more parameter"] = (many - few) / 216
     return found
 
 
@@ -75,6 +94,53 @@ def frames() -> Counts:
     for given in (*kinds, [dict(items[:2]), dict(items[2:])], (dict(items[:1]), dict(items[1:]))):
         call(given, x)
     return {"fcall.compile, 6 equal calls: graphs compiled": len(compilations)}
+
+
+def compilation() -> Counts:
+    """What Dynamo does to compile a call, above what it does for the module itself."""
+    traced: dict[str, list[int]] = {}
+    for layers in (6, 36):
+        for name, make in _to_be_compiled(layers).items():
+            steps = calls_of(InstructionTranslatorBase, "step", make())
+            traced.setdefault(name, []).extend((steps, calls_of(Guard, "create", make())))
+    found: Counts = {"compiled module, 72 parameters: instructions traced": traced["module"][2]}
+    for name in ("functional_call", "fcall.compile"):
+        few, few_guards, many, guards = map(sub, traced[name], traced["module"])
+        found[f"{name} compiled, 72 parameters: instructions traced, above the module's"] = many
+        found[f"{name} compiled: instructions traced for one more parameter"] = (many - few) / 60
+        found[f"{name} compiled, 72 parameters: guards made, above the module's"] = guards
+        found[f"{name} compiled: guards made for one more parameter"] = (guards - few_guards) / 60
+    return found
+
+
+def _to_be_compiled(layers: int) -> dict[str, Callable[[], Callable[[], Any]]]:
+    module, x = mlp(*[8] * (layers + 1)), torch.ones(4, 8, device=bench.DEVICE)
+    weights = weights_for(module)
+    compile = partial(torch.compile, backend="eager")
+    ours = partial(fcall.functional_call, module)
+    return {
+        "module": lambda: partial(compile(module), x),
+        "functional_call": lambda: partial(compile(ours), weights, (x,)),
+        "fcall.compile": lambda: partial(fcall.compile(module, backend="eager"), weights, x),
+    }
+
+
+def calls_of(owner: type, method: str, call: Callable[[], Any]) -> int:
+    """Return how often ``call`` calls a method when it has to compile."""
+    torch.compiler.reset()
+    own, count = getattr(owner, method), 0
+
+    def counting(self: Any, *args: Any) -> Any:
+        nonlocal count
+        count += 1
+        return own(self, *args)
+
+    setattr(owner, method, counting)
+    try:
+        call()
+    finally:
+        setattr(owner, method, own)
+    return count
 
 
 def kernels() -> Counts:
@@ -166,5 +232,5 @@ def _constant(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[...
     return lambda *inputs: out
 
 
-COUNTED = (eager, compiled_call, frames, kernels)
+COUNTED = (eager, beside, compiled_call, frames, compilation, kernels)
 """Eager calls first: compilers start threads, and then values stand beside the module's own."""

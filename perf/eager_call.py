@@ -53,7 +53,7 @@ def main(quick: bool = False, peers: bool = False) -> dict[str, Any]:
     for depth in DEPTHS[:2] if quick else DEPTHS:
         panel = "72 parameters; n: depth"
         rows += _rows(reads(72, depth), panel, depth, quick, peers)
-    with _another_thread():
+    with another_thread():
         for count in COUNTS[:2] if quick else COUNTS:
             rows += _rows(reads(count), "another thread alive", count, quick, peers)
     return bench.record(__doc__, "parameters", rows)
@@ -74,7 +74,7 @@ def _rows(module: nn.Module, panel: str, n: int, quick: bool, peers: bool) -> li
 
 
 @contextlib.contextmanager
-def _another_thread() -> Iterator[None]:
+def another_thread() -> Iterator[None]:
     """Have a thread that waits."""
     done = threading.Event()
     thread = threading.Thread(target=done.wait)

@@ -32,6 +32,12 @@ def mlp(*widths: int) -> nn.Sequential:
     return nn.Sequential(*layers[:-1]).to(DEVICE)
 
 
+def encoder(layers: int) -> nn.Module:
+    """A small transformer encoder, as in training, without dropout."""
+    layer = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True)
+    return nn.TransformerEncoder(layer, layers, enable_nested_tensor=False).to(DEVICE)
+
+
 def weights_for(module: nn.Module) -> dict[str, Tensor]:
     """Values for the parameters of ``module``, other than its own, by name."""
     return {name: torch.randn_like(p) / p.shape[-1] for name, p in module.named_parameters()}

@@ -106,7 +106,7 @@ try:
     _pre_dispatch = torch._C.DispatchKey.PreDispatch
     _proxy = torch._C._TorchDispatchModeKey.PROXY
     # What _get_dispatch_mode_pre_dispatch(_proxy) gets by a longer way, in each eager call.
-    _pre_dispatch_mode = functools.partial(mode_stack_state_for_pre_dispatch().get, 0)
+    _pre_dispatch_modes = mode_stack_state_for_pre_dispatch().get
     _get_dispatch_mode = torch._C._get_dispatch_mode
 except (ImportError, AttributeError) as error:
     OPERATOR_PROBLEM = str(error)
@@ -169,7 +169,7 @@ def is_traced_by_jit() -> bool:
 
 def pre_dispatch_proxy_mode() -> bool:
     """Whether ``make_fx(pre_dispatch=True)`` or non-strict export is recording the caller."""
-    return _pre_dispatch_mode() is not None
+    return _pre_dispatch_modes(0) is not None
 
 
 def in_proxy_mode() -> bool:
@@ -343,7 +343,13 @@ def dynamo() -> SimpleNamespace:
     try:
         from torch._dynamo import exc
         from torch._dynamo.guards import install_guard
-        from torch._dynamo.variables import ConstDictVariable, TupleVariable, higher_order_ops
+        from torch._dynamo.variables import (
+            ConstDictVariable,
+            TensorVariable,
+            TupleVariable,
+            UserDefinedObjectVariable,
+            higher_order_ops,
+        )
 
         return SimpleNamespace(
             Unsupported=exc.Unsupported,
@@ -358,9 +364,11 @@ def dynamo() -> SimpleNamespace:
             speculate_subgraph=higher_order_ops.speculate_subgraph_with_auto_output_flattening,
             call_subgraph=higher_order_ops._call_function_with_auto_output_flattening,
             make_attr=higher_order_ops.make_attr,
-            # What stands for dicts and tuples in a trace.
+            # What stands for dicts, tensors, tuples and other objects in a trace.
             ConstDictVariable=ConstDictVariable,
+            TensorVariable=TensorVariable,
             TupleVariable=TupleVariable,
+            UserDefinedObjectVariable=UserDefinedObjectVariable,
             # Adds a condition under which the compiled code holds.
             install_guard=install_guard,
         )

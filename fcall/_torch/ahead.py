@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from types import CodeType, SimpleNamespace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dis import get_instructions
+from types import CodeType, FunctionType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -14,11 +15,13 @@ from fcall._torch import OPERATOR_PROBLEM, DynamoUnavailableError
 
 __all__ = [
     "artifacts",
+    "choose_guards_of_this_trace",
     "compiled_calls",
     "fake_mode",
     "inductor",
     "load_aoti",
     "package_aoti",
+    "source_of",
     "with_backward",
 ]
 
@@ -35,8 +38,9 @@ def compiled_calls() -> SimpleNamespace:
         from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list
         from torch._C._dynamo.guards import RootGuardManager, TensorGuards
         from torch._dynamo import eval_frame
+        from torch._dynamo import utils as dynamo_utils
         from torch._dynamo.guards import GuardManagerType, GuardManagerWrapper
-        from torch._ops import _get_dispatch_mode_pre_dispatch
+        from torch._ops import mode_stack_state_for_pre_dispatch
 
         def tensor_check(exact: Sequence[Any], loose: Sequence[Any]) -> Callable[..., bool]:
             """Return the check that tensors are different ones, each like that in its place.
@@ -66,10 +70,10 @@ def compiled_calls() -> SimpleNamespace:
             return [(guards, code) for guards, code in entries if guards.cache_entry is not None]
 
         interpreter_stack = torch._C._functorch.peek_interpreter_stack
-        proxy = torch._C._TorchDispatchModeKey.PROXY
         dispatch_modes = torch._C._len_torch_dispatch_stack
         is_recorded_by_jit = torch._C._get_tracing_state
-        pre_dispatch_mode = _get_dispatch_mode_pre_dispatch
+        pre_dispatch_mode = mode_stack_state_for_pre_dispatch().get
+        hooks_on_saved_tensors = torch._C._autograd._top_saved_tensors_default_hooks
         forward_ad = torch.autograd.forward_ad
         undo_transforms = torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth
 
@@ -78,15 +82,52 @@ def compiled_calls() -> SimpleNamespace:
             return (
                 interpreter_stack() is None
                 and not dispatch_modes()
-                and pre_dispatch_mode(proxy) is None
+                and pre_dispatch_mode(0) is None  # which is make_fx's
                 and forward_ad._current_level == -1
                 and is_recorded_by_jit() is None
+                and hooks_on_saved_tensors(True) is None
             )
 
         def is_usual() -> bool:
             """Whether torch.compile is to compile and run as it does if nobody says otherwise."""
             stance = eval_frame._stance
             return stance.stance == "default" and stance.backend is None
+
+        dynamo_callback = torch._C._dynamo.eval_frame.get_eval_frame_callback
+        profiler = torch.autograd.profiler
+
+        def is_unobserved() -> bool:
+            """Whether neither Dynamo compiles what is called, nor is it profiled."""
+            return dynamo_callback() is None and not profiler._is_profiler_enabled
+
+        class DynamoUtils:
+            """The functions that compiled code calls, less what they do while it is profiled."""
+
+            record_pregraph_bytecode_enter = staticmethod(lambda: None)
+            record_pregraph_bytecode_exit = staticmethod(lambda _: None)
+
+            def __getattr__(self, name: str) -> Any:
+                return getattr(dynamo_utils, name)
+
+        def bare(value: Any) -> Any:
+            """Return what a global of compiled code is to be while the code is unobserved."""
+            if value is dynamo_utils:
+                return DynamoUtils()
+            # What Dynamo is kept from by a wrapper, at 1 us a call.
+            is_kept = getattr(value, "_torchdynamo_disable", False)
+            return getattr(value, "_torchdynamo_orig_callable", value) if is_kept else value
+
+        def unobserved(function: FunctionType) -> FunctionType:
+            """Return ``function``, which Dynamo compiled, for calls that are unobserved."""
+            codes = [*_nested(function.__code__)]
+            if any(i.opname == "STORE_GLOBAL" for code in codes for i in get_instructions(code)):
+                return function
+            names = {name for code in codes for name in code.co_names}
+            known = function.__globals__
+            own = {name: bare(known[name]) for name in names if name in known}
+            own["__builtins__"] = known["__builtins__"]
+            cells = function.__closure__
+            return FunctionType(function.__code__, own, function.__name__, None, cells)
 
         # Fails here, and not in a call, where these cannot do what they are to do.
         example, entries = torch.zeros(1), {"key": 0}
@@ -99,10 +140,63 @@ def compiled_calls() -> SimpleNamespace:
             entries_of=entries_of,
             is_plain=is_plain,
             is_usual=is_usual,
+            is_unobserved=is_unobserved,
+            unobserved=unobserved,
             undo_transforms=undo_transforms,
         )
     except (ImportError, AttributeError, TypeError) as error:
         raise DynamoUnavailableError(str(error)) from error
+
+
+def _nested(code: CodeType) -> Iterator[CodeType]:
+    yield code
+    for const in code.co_consts:
+        if isinstance(const, CodeType):
+            yield from _nested(const)
+
+
+def source_of(guard: Any) -> str:
+    """Return the expression for what a guard is on: a property since torch 2.12."""
+    name = guard.name
+    return name if isinstance(name, str) else name()  # type: ignore[no-any-return]
+
+
+def choose_guards_of_this_trace(
+    needed: Callable[[Sequence[Any], Callable[[Any], Any]], Sequence[bool]],
+) -> None:
+    """Leave out guards of the frame that Dynamo is tracing, once it is traced.
+
+    Public is ``guard_filter_fn``, an option of ``torch.compile``. It has Dynamo make all guards
+    twice, and it is asked for the frames of other functions, too, that are called after a graph
+    break. Where the names are gone all guards stay, which is right, but slower.
+
+    Args:
+        needed: Tells of each guard whether it stays, given a function that returns what a guard is
+            on, or None where that cannot be found.
+    """
+    try:
+        from torch._dynamo.symbolic_convert import InstructionTranslator
+
+        output = InstructionTranslator.current_tx().output
+        context = output.tracing_context.guards_context
+        scope = {"L": output.local_scope, "G": output.global_scope}
+
+        def value_of(guard: Any) -> Any:
+            try:
+                return eval(source_of(guard), dict(scope))  # an expression of Dynamo's
+            except Exception:  # noqa: BLE001, of something that is not there, or for itself alone
+                return None
+
+        def choose() -> None:
+            state = context.copy_graphstate()
+            keep = needed(list(state.dynamo_guards), value_of)
+            dropped = [guard for guard, kept in zip(state.dynamo_guards, keep) if not kept]
+            state.dynamo_guards.difference_update(dropped)
+            context.restore_graphstate(state)
+
+        output.add_cleanup_hook(choose)
+    except (ImportError, AttributeError):
+        pass
 
 
 def fake_mode() -> Any:

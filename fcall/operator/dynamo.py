@@ -1,20 +1,17 @@
-"""How Dynamo traces the operators. Imported at the first trace, since it needs all of Dynamo."""
+"""How Dynamo traces the operator. Imported at the first trace, since it needs all of Dynamo."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
 from torch.fx import GraphModule, Node
 
 from fcall import _torch, errors, routes
-from fcall.binding import Binding, kept_on_meta
-from fcall.operator.hop import bind_op, functional_call_op, name_placeholders
-from fcall.plan import binding_for
+from fcall.operator.dynamo_names import known
+from fcall.operator.hop import functional_call_op, name_placeholders
 from fcall.refused import refused_write
-from fcall.scoped import own_dict
 
-__all__ = ["BindVariable", "FunctionalCallVariable"]
+__all__ = ["FunctionalCallVariable"]
 
 dynamo = _torch.dynamo()
 _Variable: Any = dynamo.TorchHigherOrderOperatorVariable
@@ -34,24 +31,35 @@ class FunctionalCallVariable(_Variable):
         """Trace ``functional_call_op(*args, **kwargs)``."""
         body, operands = args[0], [operand.realize() for operand in args[1:]]
         names = kwargs["names"].as_python_constant()
+        placement = kwargs["placement"].realize().value if "placement" in kwargs else None
+        if placement is not None:
+            names = (*placement.placeholders, *names)
         called = kwargs["module"].realize()
         module = called.python_type().__name__
-        inlined = _inlined_calls(tx)
+        inlined = known(tx, "inlined")
         # A module made in the traced code is made anew in each attempt: its class has to do.
         key = (called.python_type() if called.source is None else id(called.value), names)
         try:
             if key in inlined:
                 _record_when_done(tx, module, routes.INLINED, inlined[key])
                 return body.call_function(tx, operands, {})
-            return self._trace(tx, body, operands, names, module, kwargs["stores"])
+            stores = kwargs["stores"].items if "stores" in kwargs else []
+            return self._trace(tx, body, operands, names, module, stores)
         except (dynamo.Unsupported, *dynamo.of_operations, _NotCapturableError) as error:
             refused = refused_write(called.value, error)
             if refused:
                 errors.fail_while_tracing(errors.InPlaceUnderTransformError, *refused)
-            if key in inlined or isinstance(error, dynamo.of_operations):
+            if isinstance(error, dynamo.of_operations):
                 raise
-            inlined[key] = _summary(error)
-            restart = f"fcall: inline the call of {module}"
+            if key not in inlined:
+                inlined[key] = _summary(error)
+                restart = f"fcall: inline the call of {module}"
+            elif placement is not None:
+                placement.is_possible = False
+                tx.speculation_log.clear()  # the next attempt goes another way before the call
+                restart = f"fcall: trace the substitution in {module} as it is written"
+            else:
+                raise
             raise dynamo.SpeculationRestartAnalysis(restart_reason=restart) from error
 
     def _trace(
@@ -85,59 +93,6 @@ class FunctionalCallVariable(_Variable):
         )
 
 
-class BindVariable(_Variable):
-    """Resolves names while tracing, on the live module, and guards that the result stays the same.
-
-    To trace :func:`fcall.binding.bind` would take long, and would make inputs of all tensors of the
-    module: replacing one would compile anew, and so would giving the module's own tensors in one
-    call, but not in the next.
-    """
-
-    _HOP_NAME = "fcall_bind"
-
-    def call_function(self, tx: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
-        """Trace ``bind_op(bind, module, names, tie_weights, strict)``."""
-        bind, module, *rest = [arg.realize() for arg in args]
-        live = getattr(module, "value", None)
-        if not isinstance(live, nn.Module) or module.source is None or _written(tx, live):
-            # The trace knows a state of the module that the live one is not in.
-            return bind.call_function(tx, [module, *rest], {})
-        names, tie_weights, strict = (arg.as_python_constant() for arg in rest)
-
-        def resolve(module: nn.Module) -> Binding:
-            return binding_for(module, names, tie_weights=tie_weights, strict=strict)
-
-        try:
-            binding = resolve(live)
-        except errors.FcallError as error:
-            errors.fail_while_tracing(type(error), *error.details)
-
-        def same_binding(module: nn.Module) -> bool:
-            try:
-                return resolve(module) == binding
-            except errors.FcallError:
-                return False  # to be traced again, which raises it
-
-        guard = _torch.lambda_guard(same_binding, "names lead to the same slots")
-        dynamo.install_guard(module.source.make_guard(guard))
-        result = (binding._replace(kept=[]), kept_on_meta(live, binding))
-        return _Variable.build(tx, result)
-
-
-def _written(tx: Any, module: nn.Module) -> bool:
-    """Whether the traced code has replaced parts of ``module``, or is in a call that does."""
-    effects = tx.output.side_effects
-    for owner in module.modules():
-        for store in (owner._parameters, owner._buffers, owner._modules):
-            own = own_dict(store)
-            if own in effects:
-                known = effects[own]
-                ignored = effects.ignore_mutation_on_these_variables
-                if known in ignored or effects.is_modified(known):
-                    return True
-    return False
-
-
 class _NotCapturableError(Exception):
     """The body changes what it has no operand for."""
 
@@ -154,7 +109,7 @@ class _Scratch:
         self.side_effects = tx.output.side_effects
         ignored = self.side_effects.ignore_mutation_on_these_variables
         # A call inside of a call of the same module leaves to the outer one what that ignores.
-        self.stores = [store for store in map(_realized, stores.items) if store not in ignored]
+        self.stores = [store for store in map(_realized, stores) if store not in ignored]
         # It must restore that, too: what it puts there is of its own graph, not of the outer one.
         self.restored = [*self.stores, *ignored]
 
@@ -180,17 +135,6 @@ def _realized(variable: Any) -> Any:
     return variable.realize()
 
 
-def _inlined_calls(tx: Any) -> dict[tuple[Any, tuple[str, ...]], str]:
-    """Return the calls to be inlined in this frame, with their reasons, as known so far.
-
-    They are kept where Dynamo keeps what it learnt in earlier attempts at the same frame.
-    """
-    log = tx.speculation_log
-    if not hasattr(log, "fcall_inlined"):
-        log.fcall_inlined = {}
-    return log.fcall_inlined  # type: ignore[no-any-return]
-
-
 def _summary(error: Exception) -> str:
     """Return in one line what Dynamo says about a body that it cannot make a subgraph of."""
     first, *rest = str(error).strip().splitlines()
@@ -210,4 +154,3 @@ def _record_when_done(tx: Any, module: str, kind: str, reason: str = "") -> None
 
 
 dynamo.variable_classes[functional_call_op.__name__] = FunctionalCallVariable
-dynamo.variable_classes[bind_op.__name__] = BindVariable

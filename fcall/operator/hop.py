@@ -11,8 +11,9 @@ from torch.fx import GraphModule
 
 from fcall import _torch
 from fcall.operator import linear
+from fcall.placement import Placement
 
-__all__ = ["bind_op", "functional_call_op", "name_placeholders"]
+__all__ = ["bind_op", "functional_call_op", "name_placeholders", "place_op"]
 
 
 class FunctionalCallOp(_torch.HigherOrderOperator):
@@ -20,13 +21,16 @@ class FunctionalCallOp(_torch.HigherOrderOperator):
 
     Equivalent to::
 
-        def functional_call_op(body, *operands, names=None, module=None, stores=()):
+        def functional_call_op(
+            body, *operands, names=None, module=None, stores=(), placement=None
+        ):
             return body(*operands)
 
     ``body`` returns any nest of tensors, may mutate operands, and may return operands or views of
     them. The rest is for those who record the call, and not part of the recorded node: ``names``
     has a placeholder's name for each operand, ``module`` is what the body calls, and ``stores`` are
-    the dicts that it writes to and restores.
+    the dicts that it writes to and restores. With a ``placement``, which has the names of the
+    weights, ``names`` are those of the inputs alone.
 
     It runs its body wherever it is not recorded as a node of a graph: in a transform of torch.func,
     in AOTAutograd, in a backend. So transforms compose, and Inductor fuses across its border.
@@ -42,6 +46,7 @@ class FunctionalCallOp(_torch.HigherOrderOperator):
         names: Sequence[str] | None = None,
         module: nn.Module | None = None,
         stores: Sequence[dict[str, Any]] = (),
+        placement: Placement | None = None,  # made while Dynamo traces
     ) -> Any:
         if _torch.runs_pre_dispatch(self, operands) and not _torch.in_functorch_transform():
             return super().__call__(body, *operands, names=names)
@@ -64,8 +69,27 @@ class BindOp(_torch.HigherOrderOperator):
         return bind(*args)
 
 
+class PlaceOp(_torch.HigherOrderOperator):
+    """The resolving of names, and the checking of values, for a body that places them at once.
+
+    Equivalent to::
+
+        def place_op(module, dicts, tie_weights, strict):
+            return None, (), ()
+
+    Dynamo returns a placement in place of None, if it can follow, with the names and the values.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("fcall_place")
+
+    def __call__(self, module: nn.Module, dicts: Any, tie_weights: bool, strict: bool) -> Any:
+        return None, (), ()
+
+
 functional_call_op = FunctionalCallOp()
 bind_op = BindOp()
+place_op = PlaceOp()
 
 
 @functional_call_op.py_impl(_torch.ProxyTorchDispatchMode)

@@ -10,7 +10,7 @@ from torch import nn
 
 from fcall import _torch
 
-__all__ = ["input_names", "placeholder_name"]
+__all__ = ["argument_names", "input_names", "placeholder_name"]
 
 
 def placeholder_name(name: str) -> str:
@@ -22,7 +22,7 @@ def input_names(
     module: nn.Module, method: str | None, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> list[str]:
     """Name each leaf of the inputs after its argument, with a number where there are several."""
-    labels = (*_argument_names(type(module), method or "forward", len(args)), *kwargs)
+    labels = (*argument_names(type(module), method or "forward", len(args)), *kwargs)
     names = []
     for label, value in zip(labels, (*args, *kwargs.values())):
         count = len(_torch.pytree.tree_leaves(value))
@@ -31,7 +31,7 @@ def input_names(
 
 
 @_torch.evaluated_while_tracing
-def _argument_names(cls: type[nn.Module], method: str, count: int) -> tuple[str, ...]:
+def argument_names(cls: type[nn.Module], method: str, count: int) -> tuple[str, ...]:
     """Return names for ``count`` positional arguments: the signature's, where there is one."""
     try:
         parameters = list(inspect.signature(getattr(cls, method)).parameters.values())[1:]

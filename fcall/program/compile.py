@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from fcall import _torch, errors, routes
 from fcall._torch import ahead
-from fcall.call import Weights, functional_call, merge, prepare, write_back
+from fcall.call import functional_call
+from fcall.given import Weights, merge, prepare, write_back
 from fcall.plan import binding_for
 from fcall.program.cache import Cache
 from fcall.program.fast import MISS, FastRoute, tensors_in
@@ -170,7 +171,7 @@ class _AsGiven:
 
         # Dynamo counts compilations, and gives up on too many, by code object.
         call.__code__ = call.__code__.replace()
-        return self._compile(call, None, None)
+        return self._compile(call, False, None)
 
 
 def _against_frames(inputs: list[Tensor] | None) -> str:
@@ -181,7 +182,7 @@ def _against_frames(inputs: list[Tensor] | None) -> str:
     except _torch.DynamoUnavailableError as error:
         return f"torch {torch.__version__} lacks what fast calls need: {error}"
     if not calls.is_plain():
-        return "it is in a trace, in a transform of torch.func, or under a mode"
+        return "it is in a trace, in a transform of torch.func, or under a mode or hooks"
     return "an argument may hold tensors out of sight" if inputs is None else ""
 
 
@@ -262,20 +263,17 @@ def _compiler(
     dynamic: bool | None,
     options: Mapping[str, Any] | None,
 ) -> Compile:
-    """Return ``torch.compile`` with these settings, to be called with a filter for guards."""
+    """Return ``torch.compile`` with these settings."""
     settings = options or {}
 
     def compile(
-        fn: Callable[..., Any],
-        keep_guards: Callable[..., Any] | None,
-        record: Record | None,
+        fn: Callable[..., Any], is_checked: bool, record: Record | None
     ) -> Callable[..., Any]:
-        if backend == "inductor" and not settings.keys() & OF_INDUCTOR and keep_guards is not None:
+        if is_checked and backend == "inductor" and not settings.keys() & OF_INDUCTOR:
             lean: Callable[..., Any] = LeanInductor(mode, settings, dynamic, record)
-            return _compile(fn, lean, None, dynamic, {"guard_filter_fn": keep_guards})
-        if mode is not None or "guard_filter_fn" in settings or keep_guards is None:
-            return _compile(fn, backend, mode, dynamic, options)  # all guards are kept
-        return _compile(fn, backend, None, dynamic, {**settings, "guard_filter_fn": keep_guards})
+            seen = None if record is None else {"guard_filter_fn": record.see_guards}
+            return _compile(fn, lean, None, dynamic, seen)
+        return _compile(fn, backend, mode, dynamic, options)
 
     return compile
 

@@ -10,7 +10,7 @@ from torch.export import ExportedProgram
 
 from fcall import errors
 from fcall.binding import check_values, first_of_ties
-from fcall.call import Weights, merge, refuse_unsupported
+from fcall.given import Weights, merge, refuse_unsupported
 from fcall.plan import binding_for
 from fcall.program.caller import Caller, output_only
 

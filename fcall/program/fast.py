@@ -8,7 +8,8 @@ this order; where a check fails the call takes the guarded route, through Dynamo
 what could change                              where it is checked
 =============================================  ==================================================
 a trace or a transform of torch.func around    ``is_plain`` of ``ahead.compiled_calls``
-the call, forward-mode AD, a dispatch mode
+the call, forward-mode AD, a dispatch mode,
+hooks on saved tensors
 ``torch.compiler.set_stance``                  ``is_usual`` of ``ahead.compiled_calls``
 the names given                                :attr:`Names.count` and ``weights_of``
 tied names with different values               :attr:`Names.same`
@@ -19,10 +20,10 @@ what a name stands for, ties, submodules,      :class:`fcall.program.structure.W
 hooks
 sizes of inputs, all other arguments,          Dynamo's guards, :meth:`Compilation.holds`: all but
 attributes of the module, globals and          those on the weights and those on what ``Watch``
-closures that it reads, its other tensors,     watches (``Frame._keep_guards``)
+closures that it reads, its other tensors,     watches (``Frame._needed``)
 grad mode, autocast, deterministic mode,
 default dtype and device, threads, modes of
-torch functions, hooks on saved tensors
+torch functions
 what guards know by its id was freed; all      :meth:`Compilation.holds`; those read from disk,
 compilations were reset                        guarded all the same, outlive a reset
 =============================================  ==================================================

@@ -7,7 +7,7 @@ compiled code.
 
 Who calls a frame has checked what it is for: that its names lead to its slots, the module's hooks,
 and that the weights are like those of the first call (:attr:`Frame.accepts`). So Dynamo's guards on
-the same are filtered out, which would cost more than all the rest of a call.
+the same are left out, which would cost more than all the rest of a call, and take as long to make.
 """
 
 from __future__ import annotations
@@ -33,10 +33,9 @@ from fcall.program.structure import hooks_of, same_hooks
 
 __all__ = ["Compilation", "Compile", "Frame", "Names", "as_plain"]
 
-Compile = Callable[
-    [Callable[..., Any], Callable[..., Any] | None, Record | None], Callable[..., Any]
-]
-"""Compiles a function, with a filter for Dynamo's guards on it, and a record of it, if any."""
+Compile = Callable[[Callable[..., Any], bool, Record | None], Callable[..., Any]]
+"""Compiles a function. Whether who calls it has checked the weights and inputs; its record, if any.
+"""
 
 _numbers = itertools.count()
 
@@ -87,12 +86,18 @@ class Frame:
         self.hooks = hooks_of(module)
         self.accepts = ahead.compiled_calls().tensor_check(weights, [])
         slots, index = tuple(self.slots), tuple(self.index)
-        from fcall.program.traced import Placement, substitute_op
+        from fcall.at_once import Placement, substitute_op
 
-        placement = Placement(self.binding, self.slots, self.index)
+        targets = zip(self.binding.slots, self.binding.sources)
+        places = [(slots[source], slot, index[source]) for slot, source in targets]
+        placement = Placement(self.binding, places)
 
         @_torch.evaluated_while_tracing
         def at_once() -> bool:
+            ahead.choose_guards_of_this_trace(self._needed)
+            if placement.is_possible:  # else functional_call does the same
+                _torch.allow_rnns_in_this_trace()
+                _torch.give_zero_tangents_storage_in_this_trace()
             return placement.is_possible
 
         # A constant of the trace: no guards on hundreds of strings.
@@ -104,8 +109,6 @@ class Frame:
             weights: tuple[Tensor, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
         ) -> Result:
             if torch.compiler.is_dynamo_compiling() and at_once():
-                _torch.allow_rnns_in_this_trace()
-                _torch.give_zero_tangents_storage_in_this_trace()
                 target = module if method is None else getattr(module, method)
                 result: Result = substitute_op(
                     placement, lambda: target(*args, **kwargs), module, weights
@@ -130,7 +133,7 @@ class Frame:
         """What Dynamo's guards find in the frame besides its arguments."""
         self.restored: list[Compilation] = []
         """Compilations by other processes."""
-        self._compiled = compile(call, self._keep_guards, record)
+        self._compiled = compile(call, True, record)
         self._first_call = threading.RLock()
         self._was_called = False
 
@@ -180,31 +183,36 @@ class Frame:
         """Return a function of what Dynamo compiled."""
         return FunctionType(code, globals, "call", None, self._call.__closure__)
 
-    def _keep_guards(self, entries: Sequence[Any]) -> list[bool]:
-        """Tell which of Dynamo's guards are needed, though a caller has checked the weights."""
-        keep = self._needed(entries)
-        if self.record is not None:
-            self.record.keep_guards(e.orig_guard for e, kept in zip(entries, keep) if kept)
-        return keep
+    def _needed(self, guards: Sequence[Any], value_of: Callable[[Any], Any]) -> list[bool]:
+        """Tell which of Dynamo's guards are needed, though a caller has checked the weights.
 
-    def _needed(self, entries: Sequence[Any]) -> list[bool]:
+        Args:
+            guards: Those of a trace of this frame, and of no other that is called in it.
+            value_of: Returns what a guard is on, or None if that cannot be found.
+        """
         module = self.module
         registered = {id(tensor) for tensor in (*module.parameters(), *module.buffers())}
         plan = plan_for(module, tuple(self.slots), tie_weights=True, strict=False)
         substituted = {id(store.get(key, None)) for store, key in plan.entries}
         keep = []
-        for entry in entries:
-            of_weight = _is_in(entry.name, "weights")
-            of_input = _is_in(entry.name, "args") or _is_in(entry.name, "kwargs")
-            if entry.guard_type == "TENSOR_MATCH":
-                value = entry.value if entry.has_value else None
-                if not (of_weight or of_input or id(value) in registered):
+        for guard in guards:
+            source = ahead.source_of(guard)
+            of_weight = _is_in(source, "weights")
+            kind = guard.create_fn_name()
+            if kind != "TENSOR_MATCH":
+                is_checked = kind in CHECKED or _is_own(guard) or OWN_GLOBALS in source
+                keep.append(not is_checked)
+            elif of_weight:
+                keep.append(False)
+            elif _is_in(source, "args") or _is_in(source, "kwargs"):
+                keep.append(True)
+            else:
+                known = id(value_of(guard))
+                if known not in registered:
                     # A tensor from elsewhere, which may be one of the weights in another call: the
                     # guards against that are part of those on the weights.
-                    return [True] * len(entries)
-                keep.append(not of_weight and id(value) not in substituted)
-            else:
-                keep.append(not _is_own(entry.orig_guard) and OWN_GLOBALS not in entry.name)
+                    return [True] * len(guards)
+                keep.append(known not in substituted)
         return keep
 
 
@@ -221,29 +229,33 @@ def _is_one_graph(code: CodeType) -> bool:
     return "functional_call" not in used and any(n.startswith("__compiled_fn") for n in used)
 
 
+CHECKED = {"AUTOGRAD_SAVED_TENSORS_HOOKS"}
+"""Kinds of guards that take long, on what calls are checked for: ``is_plain`` of ``ahead``."""
+
 OWN_GLOBALS = "['__import_fcall_dot_"
 """In the sources of fcall's own functions and constants, which stay as they are."""
 
 
 def _is_in(source: str, variable: str) -> bool:
-    return source.startswith((f"{variable}[", f"L['{variable}']["))
+    return source.startswith(f"L['{variable}'][")
 
 
 class Compilation:
     """One compilation of a frame: Dynamo's guards, and the code to be run where they hold."""
 
-    __slots__ = ("_check", "_guards", "_undo_transforms", "run")
+    __slots__ = ("_check", "_guards", "_is_unobserved", "_undo_transforms", "_unobserved", "run")
 
     def __init__(self, guards: Any, run: FunctionType) -> None:
         self._guards = guards
         self._check = guards.root.check
-        self._undo_transforms = ahead.compiled_calls().undo_transforms
-        self.run = run
+        calls = ahead.compiled_calls()
+        self._is_unobserved, self._undo_transforms = calls.is_unobserved, calls.undo_transforms
+        self.run, self._unobserved = run, calls.unobserved(run)
 
     def __call__(self, *inputs: Any) -> Any:
         """Run the code."""
         try:
-            return self.run(*inputs)
+            return self._unobserved(*inputs) if self._is_unobserved() else self.run(*inputs)
         except BaseException:
             # As torch.compile does: the code enters transforms without try and finally.
             self._undo_transforms(0)

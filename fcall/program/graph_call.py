@@ -9,7 +9,7 @@ from typing import Any, cast
 from torch import Tensor
 
 from fcall import errors
-from fcall.call import Weights, merge, write_back
+from fcall.given import Weights, merge, write_back
 from fcall.program.signature import Signature
 from fcall.state import State, open_state
 

@@ -15,7 +15,7 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
 from fcall import _torch, errors
-from fcall.call import refuse_gradients_in_export
+from fcall.given import refuse_gradients_in_export
 from fcall.program.derived import decomposed, joint, moved
 from fcall.program.exported import Traced, export_traced
 from fcall.program.graph_call import GraphCall, WeightsOrPath

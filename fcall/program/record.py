@@ -58,11 +58,15 @@ class Record(threading.local):
         self._output = torchs.output_of_trace()
         return compiled
 
-    def keep_guards(self, guards: Iterable[Any]) -> None:
-        """Take note of the guards of the compilation, which are made after it."""
+    def see_guards(self, entries: Sequence[Any]) -> list[bool]:
+        """Take note of the guards of the compilation, which are made after it, and keep them all.
+
+        A filter for guards, to ``torch.compile``.
+        """
         output, self._output = self._output, None
         if output is None or self._compiled is None:
-            return
+            return [True] * len(entries)
+        guards = [entry.orig_guard for entry in entries]
         self._trace = Trace(
             *self._compiled,
             guards=[(g.originating_source, _without_references(g.create_fn)) for g in guards],
@@ -76,6 +80,7 @@ class Record(threading.local):
             imports=dict(output.import_sources),
             codes=list(output.traced_code),
         )
+        return [True] * len(entries)
 
     def take(self) -> Trace | None:
         """Return what the latest compilation was, once."""

@@ -12,7 +12,7 @@ from torch.fx import GraphModule
 
 from fcall import _torch, errors
 from fcall.binding import check_values, first_of_ties
-from fcall.call import Weights, merge, refuse_unsupported
+from fcall.given import Weights, merge, refuse_unsupported
 from fcall.plan import binding_for
 from fcall.program.caller import Caller, output_and_state
 from fcall.program.exported import Traced, graph_of, inputs_of, make_attribute, ranges_of

@@ -1,64 +1,30 @@
-"""How Dynamo traces a frame: with the weights standing in the module, put there all at once.
+"""How Dynamo traces a call with the weights standing in the module, put there all at once.
 
-To trace :func:`fcall.functional_call` itself takes Dynamo longer than to trace a small module, for
-it steps through each loop over the parameters. A frame needs none of its checks, which its caller
-has done. So the frame calls an operator, for which Dynamo does by itself what the loops would do:
-the variables that stand for the weights are put into those that stand for the module's dicts, and
-taken out after the module was traced. What this cannot do is left to the other way, by tracing the
-frame once more: modules that break the graph, delete a parameter, or reassign a tensor of their
-own, and RNNs, parametrizations and plain attributes.
+For :data:`fcall.placement.substitute_op` Dynamo does by itself what :mod:`fcall.substitution` does
+in loops: the variables that stand for the weights are put into those that stand for the module's
+dicts, and taken out after the module was traced. What this cannot do is left to the loops, by
+tracing the frame once more: modules that break the graph, or reassign or delete a tensor that they
+were given no value for.
+
+Imported at the first trace, since it needs all of Dynamo.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import nn
-
 from fcall import _torch
-from fcall.binding import Binding
+from fcall.placement import Placement, substitute_op
 
-__all__ = ["Placement", "substitute_op"]
+__all__ = ["Placement", "placement_variable", "substitute_op"]
 
 dynamo = _torch.dynamo()
 _Variable: Any = dynamo.TorchHigherOrderOperatorVariable
 
-STORES = ("_parameters", "_buffers")
 
-
-class Placement:
-    """Where the weights of a frame go."""
-
-    def __init__(self, binding: Binding, names: Sequence[str], index: Sequence[int]) -> None:
-        self.is_possible = not binding.rnns and all(s.store in STORES for s in binding.slots)
-        """Whether to trace :data:`substitute_op`, or ``functional_call``."""
-        sources = zip(binding.slots, binding.sources)
-        self.places = [(names[source], slot, index[source]) for slot, source in sources]
-        """The name of each tensor that is put somewhere, its slot, and the number of the weight."""
-
-
-class SubstituteOp(_torch.HigherOrderOperator):
-    """A call of a body while weights stand in a module. Dynamo traces it, and emits no call of it.
-
-    Equivalent to::
-
-        def substitute_op(placement, body, module, weights):
-            with substituted(module, {name: weights[n] for name, _, n in placement.places}) as s:
-                out = body()
-            return out, s.names_and_values_reassigned
-    """
-
-    def __init__(self) -> None:
-        super().__init__("fcall_substitute")
-
-    def __call__(
-        self, placement: Placement, body: Callable[[], Any], module: nn.Module, weights: Any
-    ) -> Any:
-        raise AssertionError("this is to be traced, not called")
-
-
-substitute_op = SubstituteOp()
+def placement_variable(placement: Placement) -> Any:
+    """Return what stands for a placement that was made while tracing."""
+    return dynamo.UserDefinedObjectVariable(placement)
 
 
 class _SubstituteVariable(_Variable):
@@ -72,9 +38,11 @@ class _SubstituteVariable(_Variable):
         try:
             return self._trace(tx, placement, *args[1:])
         except (dynamo.Unsupported, *dynamo.of_operations, _ImpossibleError) as error:
+            if placement.is_in_operator and not isinstance(error, _ImpossibleError):
+                raise
             placement.is_possible = False
             tx.speculation_log.clear()  # the next attempt goes another way from the start
-            reason = "fcall: trace functional_call"
+            reason = "fcall: trace the substitution as it is written"
             raise dynamo.SpeculationRestartAnalysis(restart_reason=reason) from error
 
     def _trace(self, tx: Any, placement: Placement, body: Any, module: Any, weights: Any) -> Any:
@@ -87,12 +55,13 @@ class _SubstituteVariable(_Variable):
         changed = [
             dynamo.TupleVariable([_Variable.build(tx, name), value])
             for name, value in swap.changed.items()
+            if name is not None
         ]
         return dynamo.TupleVariable([out, dynamo.TupleVariable(changed)])
 
 
 class _ImpossibleError(Exception):
-    """The module does what only ``functional_call`` can follow."""
+    """The module does what only the loops can follow."""
 
 
 class _Swap:
@@ -106,21 +75,21 @@ class _Swap:
         self.tx = tx
         self.owners = {"": module}
         self.stores: dict[tuple[str, str], _Store] = {}
-        self.put_in: list[tuple[str, _Store, Any, Any]] = []
-        self.changed: dict[str, Any] = {}
+        self.put_in: list[tuple[str | None, _Store, Any, Any]] = []
+        self.changed: dict[str | None, Any] = {}
         """What the module reassigned, by name; known at the end."""
 
     def __enter__(self) -> _Swap:
         return self
 
-    def put(self, name: str, slot: Any, value: Any) -> None:
+    def put(self, name: str | None, slot: Any, value: Any) -> None:
         """Let ``value`` stand where the slot says."""
         place = (slot.path, slot.store)
         if place not in self.stores:
             self.stores[place] = _Store(self.tx, self._owner_at(slot.path), slot.store)
         store = self.stores[place]
         if slot.key not in store.keys:
-            raise _ImpossibleError(f"{name} is not in its dict")
+            raise _ImpossibleError(f"{slot.name} is not in its dict")
         key = store.keys[slot.key]
         self.put_in.append((name, store, key, value))
         store.items[key] = value
@@ -135,14 +104,10 @@ class _Swap:
         for name, store, key, value in self.put_in:
             now = store.items.get(key)
             if now is not None and now.realize() is not value:
-                self.changed[name] = now.realize()
-            elif now is None and kind is None:
-                kind, self.changed = _ImpossibleError, {}
+                self.changed[name] = now.realize()  # of what was deleted there is no successor
         was_restored = [store.restore(self.put_in) for store in self.stores.values()]
         if kind is _ImpossibleError or (kind is None and not all(was_restored)):
-            raise _ImpossibleError(
-                "the module deletes, or reassigns, what it was given no value for"
-            )
+            raise _ImpossibleError("the module changes what it was given no value for")
 
 
 class _Store:
@@ -161,13 +126,13 @@ class _Store:
     def restore(self, put_in: Any) -> bool:
         """Put back what was there; return whether nothing else has changed."""
         self.side_effects.stop_ignoring_mutations_on(self.variable)
-        own = {id(key) for _, store, key, _ in put_in if store is self}
+        given = {key for _, store, key, _ in put_in if store is self}
         after = dict(self.variable.items)
         self.variable.items.clear()
         self.variable.items.update(self.before)
-        return list(after) == list(self.before) and all(
-            id(key) in own or after[key].realize() is value.realize()
-            for key, value in self.before.items()
+        own = [key for key in self.before if key not in given]
+        return [key for key in after if key not in given] == own and all(
+            after[key].realize() is self.before[key].realize() for key in own
         )
 
 
