@@ -1,10 +1,11 @@
-"""Linear layers of many members: what Inductor is given for them under ``vmap``.
+"""Linear layers of many members: what AOTAutograd is given for them under ``vmap``.
 
-To differentiate ``x @ weight.mT`` for members at once, as ``grad`` around ``vmap`` does and
-autograd behind it, gives the gradient of ``weight.mT``: that of the weight comes transposed. Whoever
-adds it to the weight, or keeps it as ``.grad``, goes through memory against the grain, at five to
-nine times the time. So the product is differentiated by hand here, to the layout of the weight. Nothing
-else changes: neither the forward, nor its layout.
+What differentiates ``vmap`` from outside (``grad`` around it, or autograd behind a compiled
+ensemble) sees a product with ``weight.mT``, and computes the gradient of that: the gradient of the
+weight comes transposed. Whoever adds it to the weight, or keeps it as ``.grad``, then goes through
+memory across its rows, at five times the time or more. So here the product of all members has
+derivatives by hand, which come in the layout of what they are derivatives of. The forward is the
+same, and so is its layout.
 """
 
 from __future__ import annotations
