@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import fcall
 from perf import bench
@@ -16,27 +16,23 @@ from perf.models import CALLS, backend, mlp, random
 MEMBERS = (1, 4, 16, 64, 256)
 
 
+PANELS = ("forward", "training step", "step as one graph")
+"""What is compiled: the call; the call, with autograd and the update outside; all of the step."""
+
+
 def main(quick: bool = False, peers: bool = False) -> dict[str, Any]:
     """Measure, print a table, return the record."""
     rows = []
     for count in MEMBERS[1:2] if quick else MEMBERS:
         models = [mlp(16, 32, 32, 4) for _ in range(count)]
         x = random(32, 16)
-        for panel in ("forward", "training step"):
+        for panel in PANELS:
             torch.compiler.reset()
-            calls = _calls(models)
-            step = _forward if panel == "forward" else _step
-            contenders = {name: partial(step, *call, x) for name, call in calls.items()}
-            for name in ("torch.func", "fcall", "fcall.Ensemble", "by hand"):
-                call, params = calls[name]
-                compiled = torch.compile(call, backend=backend(quick), fullgraph=True)
-                contenders[f"{name}, compiled"] = partial(step, compiled, params, x)
-            if panel != "forward":
-                for name, one_graph in _steps(models).items():
-                    compiled = torch.compile(one_graph, backend=backend(quick), fullgraph=True)
-                    params = {key: p.detach() for key, p in calls["torch.func"][1].items()}
-                    contenders[f"{name}, step compiled"] = partial(compiled, params, x)
-            if peers:
+            if panel == "step as one graph":
+                contenders = _in_one_graph(models, x, quick)
+            else:
+                contenders = _called(models, x, panel, quick)
+            if peers and panel != "training step":  # what JAX compiles is all of the step
                 from perf import peers as others
 
                 contenders |= others.ensembles(models, x, train=panel != "forward")
@@ -44,6 +40,35 @@ def main(quick: bool = False, peers: bool = False) -> dict[str, Any]:
     return bench.record(__doc__, "members", rows)
 
 
+def _called(models: list[Any], x: Tensor, panel: str, quick: bool) -> Contenders:
+    calls = _calls(models)
+    step = _forward if panel == "forward" else _step
+    contenders = {name: partial(step, *call, x) for name, call in calls.items()}
+    for name in ("torch.func", "fcall", "fcall.Ensemble", "by hand"):
+        call, params = calls[name]
+        compiled = torch.compile(call, backend=backend(quick), fullgraph=True)
+        contenders[f"{name}, compiled"] = partial(step, compiled, params, x)
+    ensemble = fcall.Ensemble(models)
+    params = dict(ensemble.named_parameters())
+    compiled = fcall.compile(ensemble, backend=backend(quick))
+    return contenders | {"fcall.compile": partial(step, compiled, params, x)}
+
+
+def _in_one_graph(models: list[Any], x: Tensor, quick: bool) -> Contenders:
+    contenders: Contenders = {}
+    steps = _steps(models)
+    for name, step in steps.items():
+        params = {key: p.detach() for key, p in torch.func.stack_module_state(models)[0].items()}
+        compiled = torch.compile(step, backend=backend(quick), fullgraph=True)
+        contenders |= {name: partial(step, params, x)}
+        contenders |= {f"{name}, compiled": partial(compiled, params, x)}
+    trained = _Trained(fcall.Ensemble(models), steps["fcall"])
+    params = {name: p.detach() for name, p in trained.named_parameters()}
+    compiled = fcall.compile(trained, backend=backend(quick))
+    return contenders | {"fcall.compile": partial(compiled, params, x)}
+
+
+Contenders = dict[str, Callable[[], Any]]
 Call = Callable[[dict[str, Tensor], Tensor], Tensor]
 
 
@@ -80,7 +105,7 @@ def _by_hand(params: dict[str, Tensor], x: Tensor) -> Tensor:
 
 
 def _steps(models: list[Any]) -> dict[str, Call]:
-    """Return for each contender a whole step, to be one graph; each member has its own loss."""
+    """Return for each contender all of a step; each member has a loss of its own."""
     base = fcall.meta_copy(models[0])
 
     def each(call: Callable[..., Any]) -> Callable[..., Any]:
@@ -101,9 +126,20 @@ def _steps(models: list[Any]) -> dict[str, Call]:
             params[name].sub_(grad, alpha=1e-12)
         return torch.stack([losses.sum(), sum(grad.square().sum() for grad in grads.values())])
 
-    gradients = {name: each(call) for name, call in CALLS.items()}
-    gradients["by hand"] = all_at_once
+    gradients = {name: each(call) for name, call in CALLS.items()} | {"by hand": all_at_once}
     return {name: partial(step, of_all) for name, of_all in gradients.items()}
+
+
+class _Trained(nn.Module):
+    """A step as a module, for ``fcall.compile``, which compiles functions of a module's weights."""
+
+    def __init__(self, ensemble: fcall.Ensemble, step: Call) -> None:
+        super().__init__()
+        self.members = ensemble.members
+        self.step = step
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.step(dict(self.members.named_parameters()), x)
 
 
 def _forward(call: Call, params: dict[str, Tensor], x: Tensor) -> Tensor:

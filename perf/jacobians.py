@@ -35,6 +35,10 @@ def main(quick: bool = False, peers: bool = False) -> dict[str, Any]:
                 compiled = torch.compile(fn, backend=backend(quick))
                 contenders[name] = partial(fn, weights, vector)
                 contenders[f"{name}, compiled"] = partial(compiled, weights, vector)
+            if peers:
+                from perf import peers as others
+
+                contenders |= others.jacobians(module, weights, x, panel)
             rows += bench.measure(contenders, panel=panel, n=width, quick=quick)
     return bench.record(__doc__, "width", rows)
 

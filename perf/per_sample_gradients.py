@@ -7,8 +7,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+import fcall
 from perf import bench
 from perf.models import CALLS, backend, mlp, random, weights_for, with_weights
 
@@ -26,7 +27,7 @@ def main(quick: bool = False, peers: bool = False) -> dict[str, Any]:
     for batch in BATCHES[1:2] if quick else BATCHES:
         torch.compiler.reset()
         x, y = random(batch, 16), random(batch, 8)
-        contenders: dict[str, Callable[[], Any]] = {}
+        contenders: dict[str, Any] = {}
         for name, call in CALLS.items():
 
             def loss(p: Any, x: Tensor, y: Tensor, call: Callable[..., Any] = call) -> Tensor:
@@ -36,6 +37,10 @@ def main(quick: bool = False, peers: bool = False) -> dict[str, Any]:
             compiled = torch.compile(each, backend=backend(quick), fullgraph=True)
             contenders[name] = partial(each, weights, x, y)
             contenders[f"{name}, compiled"] = partial(compiled, weights, x, y)
+        sampled = _Sampled(module, contenders["fcall"].func)
+        own = {f"model.{name}": weight for name, weight in weights.items()}
+        compiled = fcall.compile(sampled, backend=backend(quick), dynamic=False)
+        contenders["fcall.compile"] = partial(compiled, own, x, y)
         compiled = torch.compile(_by_hand, backend=backend(quick), fullgraph=True)
         contenders["by hand"] = partial(_by_hand, weights, x, y)
         contenders["by hand, compiled"] = partial(compiled, weights, x, y)
@@ -46,6 +51,18 @@ def main(quick: bool = False, peers: bool = False) -> dict[str, Any]:
             contenders |= others.per_sample_gradients(twin, x, y)
         rows += bench.measure(contenders, panel="samples", n=batch, quick=quick)
     return bench.record(__doc__, "samples", rows)
+
+
+class _Sampled(nn.Module):
+    """The gradients as a module, for ``fcall.compile``."""
+
+    def __init__(self, model: nn.Module, each: Callable[..., Any]) -> None:
+        super().__init__()
+        self.model = model
+        self.each = each
+
+    def forward(self, x: Tensor, y: Tensor) -> Any:
+        return self.each(dict(self.model.named_parameters()), x, y)
 
 
 def _by_hand(weights: dict[str, Tensor], x: Tensor, y: Tensor) -> dict[str, Tensor]:
