@@ -7,11 +7,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import fcall
 from perf import bench
-from perf.models import CALLS, backend, mlp, random
+from perf.models import CALLS, backend, lean, mlp, random
 
 MEMBERS = (1, 4, 16, 64, 256)
 
@@ -64,10 +64,9 @@ def _in_one_graph(models: list[Any], x: Tensor, quick: bool) -> Contenders:
         compiled = torch.compile(step, backend=backend(quick), fullgraph=True)
         contenders |= {name: partial(step, params, x)}
         contenders |= {f"{name}, compiled": partial(compiled, params, x)}
-    trained = _Trained(fcall.Ensemble(models), steps["fcall"])
-    params = {name: p.detach() for name, p in trained.named_parameters()}
-    compiled = fcall.compile(trained, backend=backend(quick))
-    return contenders | {"fcall.compile": partial(compiled, params, x)}
+    params = {key: p.detach() for key, p in torch.func.stack_module_state(models)[0].items()}
+    compiled = lean(fcall.Ensemble(models).members, steps["fcall"], params, quick)
+    return contenders | {"fcall.compile": partial(compiled, x)}
 
 
 Contenders = dict[str, Callable[[], Any]]
@@ -130,18 +129,6 @@ def _steps(models: list[Any]) -> dict[str, Call]:
 
     gradients = {name: each(call) for name, call in CALLS.items()} | {"by hand": all_at_once}
     return {name: partial(step, of_all) for name, of_all in gradients.items()}
-
-
-class _Trained(nn.Module):
-    """A step as a module, for ``fcall.compile``, which compiles functions of a module's weights."""
-
-    def __init__(self, ensemble: fcall.Ensemble, step: Call) -> None:
-        super().__init__()
-        self.members = ensemble.members
-        self.step = step
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.step(dict(self.members.named_parameters()), x)
 
 
 def _forward(call: Call, params: dict[str, Tensor], x: Tensor) -> Tensor:

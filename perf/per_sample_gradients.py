@@ -7,11 +7,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-import fcall
 from perf import bench
-from perf.models import CALLS, backend, mlp, random, weights_for, with_weights
+from perf.models import CALLS, backend, lean, mlp, random, weights_for, with_weights
 
 BATCHES = (1, 16, 256)
 
@@ -37,10 +36,8 @@ def main(quick: bool = False, peers: bool = False) -> dict[str, Any]:
             compiled = torch.compile(each, backend=backend(quick), fullgraph=True)
             contenders[name] = partial(each, weights, x, y)
             contenders[f"{name}, compiled"] = partial(compiled, weights, x, y)
-        sampled = _Sampled(module, contenders["fcall"].func)
-        own = {f"model.{name}": weight for name, weight in weights.items()}
-        compiled = fcall.compile(sampled, backend=backend(quick), dynamic=False)
-        contenders["fcall.compile"] = partial(compiled, own, x, y)
+        compiled = lean(module, contenders["fcall"].func, weights, quick)
+        contenders["fcall.compile"] = partial(compiled, x, y)
         compiled = torch.compile(_by_hand, backend=backend(quick), fullgraph=True)
         contenders["by hand"] = partial(_by_hand, weights, x, y)
         contenders["by hand, compiled"] = partial(compiled, weights, x, y)
@@ -51,18 +48,6 @@ def main(quick: bool = False, peers: bool = False) -> dict[str, Any]:
             contenders |= others.per_sample_gradients(twin, x, y)
         rows += bench.measure(contenders, panel="samples", n=batch, quick=quick)
     return bench.record(__doc__, "samples", rows)
-
-
-class _Sampled(nn.Module):
-    """The gradients as a module, for ``fcall.compile``."""
-
-    def __init__(self, model: nn.Module, each: Callable[..., Any]) -> None:
-        super().__init__()
-        self.model = model
-        self.each = each
-
-    def forward(self, x: Tensor, y: Tensor) -> Any:
-        return self.each(dict(self.model.named_parameters()), x, y)
 
 
 def _by_hand(weights: dict[str, Tensor], x: Tensor, y: Tensor) -> dict[str, Tensor]:
