@@ -11,9 +11,13 @@ from torch import Tensor
 
 import fcall
 from perf import bench
-from perf.models import CALLS, backend, mlp, random
+from perf.models import CALLS, backend, lean, mlp, random
 
 MEMBERS = (1, 4, 16, 64, 256)
+
+
+PANELS = ("forward", "training step", "step as one graph")
+"""What is compiled: the call; the call, with autograd and the update outside; all of the step."""
 
 
 def main(quick: bool = False, peers: bool = False) -> dict[str, Any]:
@@ -22,16 +26,13 @@ def main(quick: bool = False, peers: bool = False) -> dict[str, Any]:
     for count in MEMBERS[1:2] if quick else MEMBERS:
         models = [mlp(16, 32, 32, 4) for _ in range(count)]
         x = random(32, 16)
-        for panel in ("forward", "training step"):
+        for panel in PANELS:
             torch.compiler.reset()
-            calls = _calls(models)
-            step = _forward if panel == "forward" else _step
-            contenders = {name: partial(step, *call, x) for name, call in calls.items()}
-            for name in ("torch.func", "fcall", "fcall.Ensemble"):
-                call, params = calls[name]
-                compiled = torch.compile(call, backend=backend(quick), fullgraph=True)
-                contenders[f"{name}, compiled"] = partial(step, compiled, params, x)
-            if peers:
+            if panel == "step as one graph":
+                contenders = _in_one_graph(models, x, quick)
+            else:
+                contenders = _called(models, x, panel, quick)
+            if peers and panel != "training step":  # what JAX compiles is all of the step
                 from perf import peers as others
 
                 contenders |= others.ensembles(models, x, train=panel != "forward")
@@ -39,6 +40,36 @@ def main(quick: bool = False, peers: bool = False) -> dict[str, Any]:
     return bench.record(__doc__, "members", rows)
 
 
+def _called(models: list[Any], x: Tensor, panel: str, quick: bool) -> Contenders:
+    calls = _calls(models)
+    step = _forward if panel == "forward" else _step
+    contenders = {name: partial(step, *call, x) for name, call in calls.items()}
+    for name in ("torch.func", "fcall", "fcall.Ensemble", "by hand"):
+        call, params = calls[name]
+        compiled = torch.compile(call, backend=backend(quick), fullgraph=True)
+        contenders[f"{name}, compiled"] = partial(step, compiled, params, x)
+    ensemble = fcall.Ensemble(models)
+    # Not the ensemble's own: where a module asks for its parameters, these take the slow route.
+    own = ensemble.named_parameters()
+    params = {name: p.detach().clone().requires_grad_() for name, p in own}
+    compiled = fcall.compile(ensemble, backend=backend(quick))
+    return contenders | {"fcall.compile": partial(step, compiled, params, x)}
+
+
+def _in_one_graph(models: list[Any], x: Tensor, quick: bool) -> Contenders:
+    contenders: Contenders = {}
+    steps = _steps(models)
+    for name, step in steps.items():
+        params = {key: p.detach() for key, p in torch.func.stack_module_state(models)[0].items()}
+        compiled = torch.compile(step, backend=backend(quick), fullgraph=True)
+        contenders |= {name: partial(step, params, x)}
+        contenders |= {f"{name}, compiled": partial(compiled, params, x)}
+    params = {key: p.detach() for key, p in torch.func.stack_module_state(models)[0].items()}
+    compiled = lean(fcall.Ensemble(models).members, steps["fcall"], params, quick)
+    return contenders | {"fcall.compile": partial(compiled, x)}
+
+
+Contenders = dict[str, Callable[[], Any]]
 Call = Callable[[dict[str, Tensor], Tensor], Tensor]
 
 
@@ -59,8 +90,45 @@ def _calls(models: list[Any]) -> dict[str, tuple[Call, dict[str, Tensor]]]:
         "torch.func": (under_vmap(CALLS["torch.func"]), stacked),
         "fcall": (under_vmap(CALLS["fcall"]), stacked),
         "fcall.Ensemble": (lambda _, x: ensemble(x), dict(ensemble.named_parameters())),
+        "by hand": (_by_hand, stacked),
         "a loop": (lambda _, x: torch.stack([model(x) for model in models]), own),
     }
+
+
+def _by_hand(params: dict[str, Tensor], x: Tensor) -> Tensor:
+    """Do what the members do as someone does who knows that they are an MLP."""
+    layers = sorted({name.partition(".")[0] for name in params}, key=int)
+    out = x.expand(len(params["0.weight"]), *x.shape)
+    for layer in layers:
+        weight, bias = params[f"{layer}.weight"], params[f"{layer}.bias"]
+        out = torch.baddbmm(bias[:, None], out if layer == "0" else out.tanh(), weight.mT)
+    return out
+
+
+def _steps(models: list[Any]) -> dict[str, Call]:
+    """Return for each contender all of a step; each member has a loss of its own."""
+    base = fcall.meta_copy(models[0])
+
+    def each(call: Callable[..., Any]) -> Callable[..., Any]:
+        def loss(params: dict[str, Tensor], x: Tensor) -> Tensor:
+            return call(base, params, (x,)).square().mean()  # type: ignore[no-any-return]
+
+        return torch.func.vmap(torch.func.grad_and_value(loss), in_dims=(0, None))
+
+    def all_at_once(params: dict[str, Tensor], x: Tensor) -> Any:
+        def losses(params: dict[str, Tensor]) -> Tensor:
+            return _by_hand(params, x).square().mean((1, 2)).sum()
+
+        return torch.func.grad_and_value(losses)(params)
+
+    def step(gradients: Callable[..., Any], params: dict[str, Tensor], x: Tensor) -> Tensor:
+        grads, losses = gradients(params, x)
+        for name, grad in grads.items():
+            params[name].sub_(grad, alpha=1e-12)
+        return torch.stack([losses.sum(), sum(grad.square().sum() for grad in grads.values())])
+
+    gradients = {name: each(call) for name, call in CALLS.items()} | {"by hand": all_at_once}
+    return {name: partial(step, of_all) for name, of_all in gradients.items()}
 
 
 def _forward(call: Call, params: dict[str, Tensor], x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import fcall
 from perf import bench
-from perf.models import CALLS, backend, mlp, random, weights_for
+from perf.models import CALLS, backend, lean, mlp, random, weights_for
 
 PANELS = ("jacrev", "jacfwd", "Hessian-vector product")
 WIDTHS = (8, 32, 128)
@@ -28,13 +28,19 @@ def main(quick: bool = False, peers: bool = False) -> dict[str, Any]:
             module, x = mlp(4, width, width, 3), random(8, 4)
             weights = weights_for(module)
             vector = {name: torch.ones_like(w) for name, w in weights.items()}
-            contenders: dict[str, Callable[[], Any]] = {}
+            contenders: dict[str, Any] = {}
             for name, call in CALLS.items():
                 fn = _function(panel, TRANSFORMS[name], partial(_call, call, module, x))
                 # Not one graph: torch.func's own may break it.
                 compiled = torch.compile(fn, backend=backend(quick))
                 contenders[name] = partial(fn, weights, vector)
                 contenders[f"{name}, compiled"] = partial(compiled, weights, vector)
+            compiled = lean(module, contenders["fcall"].func, weights, quick)
+            contenders["fcall.compile"] = partial(compiled, vector)
+            if peers:
+                from perf import peers as others
+
+                contenders |= others.jacobians(module, weights, x, panel)
             rows += bench.measure(contenders, panel=panel, n=width, quick=quick)
     return bench.record(__doc__, "width", rows)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from perf import bench
-from perf.models import CALLS, backend, mlp, random, weights_for
+from perf.models import CALLS, backend, lean, mlp, random, weights_for
 
 INNER_STEPS = (1, 5)
 RATE = 0.1
@@ -27,7 +27,7 @@ def main(quick: bool = False, peers: bool = False) -> dict[str, Any]:
     x, y = random(tasks, 10, 1), random(tasks, 10, 1)
     for steps in INNER_STEPS[:1] if quick else INNER_STEPS:
         torch.compiler.reset()
-        contenders: dict[str, Callable[[], Any]] = {}
+        contenders: dict[str, Any] = {}
         for name, call in CALLS.items():
 
             def loss(p: Any, x: Tensor, y: Tensor, call: Callable[..., Any] = call) -> Tensor:
@@ -37,6 +37,8 @@ def main(quick: bool = False, peers: bool = False) -> dict[str, Any]:
             compiled = torch.compile(step, backend=backend(quick), fullgraph=True)
             contenders[name] = partial(step, weights, x, y)
             contenders[f"{name}, compiled"] = partial(compiled, weights, x, y)
+        compiled = lean(module, contenders["fcall"].func, weights, quick)
+        contenders["fcall.compile"] = partial(compiled, x, y)
         if peers:
             from perf import peers as others
 

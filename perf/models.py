@@ -57,3 +57,22 @@ def random(*shape: int) -> Tensor:
 def backend(quick: bool) -> str:
     """The backend of compiled contenders: where figures are rough, one that compiles nothing."""
     return "eager" if quick else "inductor"
+
+
+class OfWeights(nn.Module):
+    """A function of a model's weights as a module, for ``fcall.compile``."""
+
+    def __init__(self, model: nn.Module, fn: Callable[..., Any]) -> None:
+        super().__init__()
+        self.model = model
+        self.fn = fn
+
+    def forward(self, *args: Any) -> Any:
+        return self.fn(dict(self.model.named_parameters()), *args)
+
+
+def lean(model: nn.Module, fn: Callable[..., Any], weights: dict[str, Tensor], quick: bool) -> Any:
+    """Return ``fn`` of these weights, compiled by ``fcall.compile``, as a function of the rest."""
+    compiled = fcall.compile(OfWeights(model, fn), backend=backend(quick), dynamic=False)
+    own = {f"model.{name}": weight for name, weight in weights.items()}
+    return lambda *args: compiled(own, *args)

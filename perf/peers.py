@@ -81,6 +81,28 @@ def per_sample_gradients(module: nn.Module, x: Tensor, y: Tensor) -> Contenders:
     return found
 
 
+def jacobians(module: nn.Module, weights: dict[str, Tensor], x: Tensor, panel: str) -> Contenders:
+    """A Jacobian, or a product with the Hessian and a vector of ones."""
+    from perf.models import with_weights
+
+    found: Contenders = {}
+    inputs = _array(x)
+    for name, build in BUILD.items():
+        model, apply = build(with_weights(module, weights))
+
+        def out(model: Any, apply: Any = apply) -> Any:
+            return apply(model, inputs)
+
+        def product(model: Any, out: Any = out) -> Any:
+            gradient = jax.grad(lambda model: jnp.square(out(model)).mean())
+            ones = jax.tree.map(jnp.ones_like, model)
+            return jax.jvp(gradient, (model,), (ones,))[1]
+
+        fn = product if panel == "Hessian-vector product" else getattr(jax, panel)(out)
+        found[f"{name}, compiled"] = _as_torch(name, _ready(jax.jit(fn), model))
+    return found
+
+
 def maml(
     module: nn.Module, weights: dict[str, Tensor], x: Tensor, y: Tensor, steps: int
 ) -> Contenders:

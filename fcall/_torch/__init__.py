@@ -53,13 +53,16 @@ __all__ = [
     "in_functorch_transform",
     "in_proxy_mode",
     "in_vmap_or_forward_mode",
+    "is_batched",
     "is_traced_by_jit",
     "lambda_guard",
+    "linear",
     "parametrization_cache",
     "pre_dispatch_proxy_mode",
     "pytree",
     "reenter_make_fx",
     "runs_pre_dispatch",
+    "runs_under_one_vmap",
     "set_parametrization_cache",
     "shown_no_module",
     "start_no_graphs_in",
@@ -95,6 +98,10 @@ try:
 
     _peek_interpreter_stack = torch._C._functorch.peek_interpreter_stack
     _interpreter_stack = torch._C._functorch.get_interpreter_stack
+    # Whether vmap, the innermost one, has a dimension of this tensor.
+    is_batched = torch._C._functorch.is_batchedtensor
+    # What torch.nn.functional.linear is in a graph.
+    linear = torch._C._nn.linear
     _grad = torch._C._functorch.TransformType.Grad
     _vmap = torch._C._functorch.TransformType.Vmap
     _jvp = torch._C._functorch.TransformType.Jvp
@@ -126,6 +133,12 @@ def in_functorch_transform() -> bool:
 def in_vmap() -> bool:
     """Whether vmap, or what is made of it, is running around the caller."""
     return not OPERATOR_PROBLEM and _vmap in _transforms()
+
+
+def runs_under_one_vmap() -> bool:
+    """Whether the innermost of the transforms around the caller is ``vmap``, and no other is."""
+    kinds = [level.key() for level in _interpreter_stack() or ()]
+    return kinds[-1:] == [_vmap] and kinds.count(_vmap) == 1
 
 
 @evaluated_while_tracing

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.fx import GraphModule, Interpreter
+from torch.fx import GraphModule
 
 from fcall import _torch
+from fcall.operator import linear
 from fcall.placement import Placement
 
 __all__ = ["bind_op", "functional_call_op", "name_placeholders", "place_op"]
@@ -119,7 +120,7 @@ def _record(
 
 def _run(body: Callable[..., Any], operands: tuple[Any, ...]) -> Any:
     if isinstance(body, GraphModule) and _torch.has_preserved_node_meta():
-        return Interpreter(body).run(*operands)  # keeps what the nodes know of the user's code
+        return linear.run(body, operands)
     return body(*operands)
 
 
