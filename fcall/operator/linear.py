@@ -3,7 +3,7 @@
 What differentiates ``vmap`` from outside (``grad`` around it, or autograd behind a compiled
 ensemble) sees a product with ``weight.mT``, and computes the gradient of that: the gradient of the
 weight comes transposed. Whoever adds it to the weight, or keeps it as ``.grad``, then goes through
-memory across its rows, at five times the time or more. So here the product of all members has
+memory across its rows, at several times the time. So here the product of all members has
 derivatives by hand, which come in the layout of what they are derivatives of. The forward is the
 same, and so is its layout.
 """
