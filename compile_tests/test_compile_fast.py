@@ -126,6 +126,21 @@ def test_any_number_of_weight_sets(count: int) -> None:
     assert len(fn._routes) == 1
 
 
+def test_weights_whose_class_the_trace_asks_for() -> None:
+    """As pytree does, where ``vmap`` gets the parameters of an ensemble: the trace sees tensors."""
+    models = [EXAMPLES["MLP"]()[0] for _ in range(3)]
+    ensemble, x = fcall.Ensemble(models), torch.rand(2, 3)
+    fn, graphs = fast_call(ensemble, state_of(ensemble), x)
+    own = dict(ensemble.named_parameters())
+    fn(own, x)
+    out, route = route_of(fn, own, x)
+    assert route.kind == "fast"
+    assert_close(out, torch.stack([model(x) for model in models]))
+    backward(out)
+    assert all(p.grad is not None for p in own.values())
+    assert len(graphs) == 2  # without and with gradients
+
+
 def test_weights_are_not_kept_alive() -> None:
     module, x = EXAMPLES["MLP"]()
     p = state_of(module)

@@ -327,3 +327,35 @@ def test_inlining_is_logged(caplog: pytest.LogCaptureFixture) -> None:
         routes = capture(lambda p, x: call(module, p, x), state_of(module), torch.rand(2, 3)).routes
     messages = [r.getMessage() for r in caplog.records if r.name == "fcall"]
     assert messages == [f"the call of PythonState is inlined: {routes[0].reason}"]
+
+
+def _ensemble(p: dict[str, Tensor], x: Tensor) -> Tensor:
+    return torch.func.vmap(lambda p: call(MODEL, p, (x,)))(p)
+
+
+def _gradient_of_ensemble(p: dict[str, Tensor], x: Tensor) -> dict[str, Tensor]:
+    return torch.func.grad(lambda p: _ensemble(p, x).square().sum())(p)
+
+
+def _gradients_of_members(p: dict[str, Tensor], x: Tensor) -> dict[str, Tensor]:
+    def loss(p: dict[str, Tensor], x: Tensor) -> Tensor:
+        return call(MODEL, p, (x,)).square().sum()
+
+    return torch.func.vmap(torch.func.grad(loss), (0, None))(p, x)
+
+
+MODEL = MLP()
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("fn", [_ensemble, _gradient_of_ensemble, _gradients_of_members])
+def test_any_size_under_vmap(fn: Any, dynamic: bool | None) -> None:
+    """torch cannot look up such sizes in the graph of a body."""
+    compiled = torch.compile(fn, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for members, samples in [(3, 4), (5, 6), (7, 8)]:
+        models = [state_of(MODEL, seed=seed) for seed in range(members)]
+        p = {name: torch.stack([one[name] for one in models]) for name in models[0]}
+        x = torch.rand(samples, 3)
+        with unchanged(MODEL):
+            found = compiled(p, x)
+        assert_close(found, fn({name: value.double() for name, value in p.items()}, x.double()))

@@ -50,6 +50,7 @@ __all__ = [
     "functional_calls",
     "give_zero_tangents_storage_in_this_trace",
     "has_preserved_node_meta",
+    "has_varying_sizes_under_vmap",
     "in_functorch_transform",
     "in_proxy_mode",
     "in_vmap_or_forward_mode",
@@ -100,6 +101,8 @@ try:
     _interpreter_stack = torch._C._functorch.get_interpreter_stack
     # Whether vmap, the innermost one, has a dimension of this tensor.
     is_batched = torch._C._functorch.is_batchedtensor
+    _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+    _unwrapped = torch._C._functorch.get_unwrapped
     # What torch.nn.functional.linear is in a graph.
     linear = torch._C._nn.linear
     _grad = torch._C._functorch.TransformType.Grad
@@ -133,6 +136,22 @@ def in_functorch_transform() -> bool:
 def in_vmap() -> bool:
     """Whether vmap, or what is made of it, is running around the caller."""
     return not OPERATOR_PROBLEM and _vmap in _transforms()
+
+
+def has_varying_sizes_under_vmap(value: Any) -> bool:
+    """Whether ``value`` is a tensor that some vmap has a dimension of, and a size of it varies.
+
+    In a graph of its own, below another one, torch asks for its sizes outside of the transform
+    (``insert_deferred_runtime_asserts``), and fails. Goes when ``aten::sym_size.int`` has a
+    batching rule.
+    """
+    if not isinstance(value, torch.Tensor) or not any(type(n) is torch.SymInt for n in value.shape):
+        return False
+    while _is_wrapped(value):
+        if is_batched(value):
+            return True
+        value = _unwrapped(value)
+    return False
 
 
 def runs_under_one_vmap() -> bool:

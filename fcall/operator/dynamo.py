@@ -78,6 +78,9 @@ class FunctionalCallVariable(_Variable):
                 supports_aliasing=True,
             )[:4]
         scratch.check_restored()
+        inputs = [node.meta.get("example_value") for node in graph.find_nodes(op="placeholder")]
+        if any(map(_torch.has_varying_sizes_under_vmap, inputs)):
+            raise _NotCapturableError("under vmap, torch has no graphs in graphs for any size")
         graph_module = GraphModule(tx.output.nn_modules, graph)
         name_placeholders(graph_module, names)
         body_node = dynamo.make_attr(tx, tx.output.install_subgraph("fcall_body", graph_module))
@@ -94,7 +97,7 @@ class FunctionalCallVariable(_Variable):
 
 
 class _NotCapturableError(Exception):
-    """The body changes what it has no operand for."""
+    """The body changes what it has no operand for, or torch cannot have it as a graph."""
 
 
 class _Scratch:

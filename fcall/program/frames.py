@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dis
 import itertools
+import re
 import threading
 from collections.abc import Callable, Collection, Sequence
 from operator import itemgetter
@@ -199,7 +200,9 @@ class Frame:
             source = ahead.source_of(guard)
             of_weight = _is_in(source, "weights")
             kind = guard.create_fn_name()
-            if kind != "TENSOR_MATCH":
+            if kind == "TYPE_MATCH" and WEIGHT.fullmatch(source):
+                keep.append(False)  # a frame is traced with plain tensors; all that differs is that
+            elif kind != "TENSOR_MATCH":
                 is_checked = kind in CHECKED or _is_own(guard) or OWN_GLOBALS in source
                 keep.append(not is_checked)
             elif of_weight:
@@ -228,6 +231,9 @@ def _is_one_graph(code: CodeType) -> bool:
     used = {i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_GLOBAL"}
     return "functional_call" not in used and any(n.startswith("__compiled_fn") for n in used)
 
+
+WEIGHT = re.compile(r"L\['weights'\]\[\d+\]")
+"""The source of a weight itself."""
 
 CHECKED = {"AUTOGRAD_SAVED_TENSORS_HOOKS"}
 """Kinds of guards that take long, on what calls are checked for: ``is_plain`` of ``ahead``."""
