@@ -145,7 +145,9 @@ def has_varying_sizes_under_vmap(value: Any) -> bool:
     (``insert_deferred_runtime_asserts``), and fails. Goes when ``aten::sym_size.int`` has a
     batching rule.
     """
-    if not isinstance(value, torch.Tensor) or not any(type(n) is torch.SymInt for n in value.shape):
+    if not isinstance(value, torch.Tensor) or not any(
+        isinstance(n, torch.SymInt) for n in value.shape
+    ):
         return False
     while _is_wrapped(value):
         if is_batched(value):
