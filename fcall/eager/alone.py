@@ -25,8 +25,6 @@ BYSTANDERS = {
 def others_may_look() -> bool:
     """Whether a thread lives that could. If none does, only this one can start some."""
     count = _thread._count()
-    if not count:
-        return False
     me = threading.current_thread()
     for thread in threading.enumerate():
         if thread is not me:
@@ -39,7 +37,7 @@ def others_may_look() -> bool:
 
 def is_alone() -> bool:
     """Whether this thread alone can look at modules, until it starts another one."""
-    return not scoped.count() and not others_may_look()
+    return not scoped.count() and (not _thread._count() or not others_may_look())
 
 
 def new_swap(substitution: Substitution, values: tuple[Any, ...], *, alone: bool) -> Swap:
