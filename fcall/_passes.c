@@ -4,10 +4,10 @@
    kind they are made for (a subclass of dict, say) they leave to Python, before anything is
    changed.
 
-   Built against the stable ABI: one library serves CPython 3.10 and all that follow. */
+   Not built against the stable ABI, where each look into a list is a call, and takes twice as long.
+*/
 
 #define PY_SSIZE_T_CLEAN
-#define Py_LIMITED_API 0x030A0000
 #include <Python.h>
 
 /* To be counted up, as in passes.py, when what a function takes or returns changes. */
@@ -25,30 +25,46 @@ expect(int holds, const char *what)
 }
 
 /* A borrowed reference to an item of a list or a tuple; NULL, with an error, if there is none. */
-static PyObject *
+static inline PyObject *
 item(PyObject *sequence, Py_ssize_t i)
 {
-    return PyList_Check(sequence) ? PyList_GetItem(sequence, i) : PyTuple_GetItem(sequence, i);
+    if (i < Py_SIZE(sequence) && i >= 0)
+        return PySequence_Fast_GET_ITEM(sequence, i);
+    PyErr_SetString(PyExc_IndexError, "fcall: a list became shorter");
+    return NULL;
 }
 
-static Py_ssize_t
+static inline Py_ssize_t
 length(PyObject *sequence)
 {
-    return PyList_Check(sequence) ? PyList_Size(sequence) : PyTuple_Size(sequence);
+    return Py_SIZE(sequence);
 }
 
-static int
+static inline int
 is_sequence(PyObject *thing)
 {
     return PyList_Check(thing) || PyTuple_Check(thing);
 }
 
 /* Whether two keys are the same. They nearly always are one object. No code of Python's runs. */
-static int
+static inline int
 same_key(PyObject *one, PyObject *other)
 {
     return one == other || (PyUnicode_CheckExact(one) && PyUnicode_CheckExact(other) &&
                             PyUnicode_Compare(one, other) == 0);
+}
+
+/* A new reference to what a weak reference is to, None if that is gone; NULL with an error. */
+static inline PyObject *
+referent(PyObject *reference)
+{
+#if PY_VERSION_HEX >= 0x030D0000
+    PyObject *found;
+    int outcome = PyWeakref_GetRef(reference, &found);
+    return outcome == 0 ? Py_NewRef(Py_None) : found;
+#else
+    return Py_XNewRef(PyWeakref_GetObject(reference));
+#endif
 }
 
 /* Put the dict of an owner, and what is in it, where look() collects them.
@@ -69,17 +85,15 @@ look_at_store(PyObject *vars, int kind, PyObject *own_dict, Py_ssize_t expected,
         if (store == NULL)
             return -1;
     }
-    if (PyList_SetItem(dicts, number, store) < 0) /* which has the reference now */
-        return -1;
+    PyList_SET_ITEM(dicts, number, store); /* which has the reference now */
     if (!PyDict_CheckExact(store))
         return -2;
-    if (PyDict_Size(store) != expected || *at + expected > PyList_Size(held))
+    if (PyDict_GET_SIZE(store) != expected || *at + expected > PyList_GET_SIZE(held))
         return 0;
     for (Py_ssize_t position = 0; PyDict_Next(store, &position, &key, &value); ++*at) {
-        if (ids[*at] != value || !same_key(key, PyTuple_GetItem(keys, *at)))
+        if (ids[*at] != value || !same_key(key, PyTuple_GET_ITEM(keys, *at)))
             return 0;
-        if (PyList_SetItem(held, *at, Py_NewRef(value)) < 0)
-            return -1;
+        PyList_SET_ITEM(held, *at, Py_NewRef(value));
     }
     return 1;
 }
@@ -91,12 +105,12 @@ pick(PyObject *from, PyObject *numbers)
     Py_ssize_t count = PyTuple_Size(numbers);
     PyObject *picked = PyList_New(count);
     for (Py_ssize_t i = 0; picked != NULL && i < count; i++) {
-        Py_ssize_t number = PyLong_AsSsize_t(PyTuple_GetItem(numbers, i));
-        PyObject *one = PyErr_Occurred() ? NULL : PyList_GetItem(from, number);
+        Py_ssize_t number = PyLong_AsSsize_t(PyTuple_GET_ITEM(numbers, i));
+        PyObject *one = number == -1 && PyErr_Occurred() ? NULL : item(from, number);
         if (one == NULL)
             Py_CLEAR(picked);
         else
-            PyList_SetItem(picked, i, Py_NewRef(one));
+            PyList_SET_ITEM(picked, i, Py_NewRef(one));
     }
     return picked;
 }
@@ -133,16 +147,17 @@ look(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs)
     PyObject *held = PyList_New(count), *found = NULL;
     int outcome = owners && dicts && held ? 1 : -1;
     for (Py_ssize_t i = 0; i < owner_count && outcome == 1; i++) {
-        PyObject *reference = PyTuple_GetItem(references, i);
+        PyObject *reference = PyTuple_GET_ITEM(references, i);
         if (!PyWeakref_Check(reference)) {
             outcome = expect(0, "look() takes weak references") - 1;
             break;
         }
-        PyObject *owner = Py_NewRef(PyWeakref_GetObject(reference));
-        if (PyList_SetItem(owners, i, owner) < 0) { /* which has the reference now */
+        PyObject *owner = referent(reference);
+        if (owner == NULL) {
             outcome = -1;
             break;
         }
+        PyList_SET_ITEM(owners, i, owner); /* which has the reference now */
         if (owner == Py_None) {
             outcome = 0;
             break;
@@ -155,7 +170,7 @@ look(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs)
             break;
         }
         for (int kind = 0; kind < 3 && outcome == 1; kind++) {
-            Py_ssize_t expected = PyLong_AsSsize_t(PyTuple_GetItem(lengths, 3 * i + kind));
+            Py_ssize_t expected = PyLong_AsSsize_t(PyTuple_GET_ITEM(lengths, 3 * i + kind));
             outcome = expected == -1 && PyErr_Occurred()
                           ? -1
                           : look_at_store(vars, kind, own_dict, expected, keys, ids, dicts,
@@ -218,9 +233,10 @@ put_back(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs)
     for (Py_ssize_t i = 0; i < length(dicts); i++) {
         PyObject *store = item(dicts, i);
         Py_ssize_t expected = PyLong_AsSsize_t(item(lengths, i));
-        if (PyErr_Occurred())
+        if (expected == -1 && PyErr_Occurred())
             return NULL;
-        if (!PyDict_CheckExact(store) || PyDict_Size(store) != expected || at + expected > count)
+        if (!PyDict_CheckExact(store) || PyDict_GET_SIZE(store) != expected ||
+            at + expected > count)
             return Py_NewRef(Py_False);
         for (Py_ssize_t position = 0; PyDict_Next(store, &position, &key, &value); at++) {
             Py_ssize_t place = PyLong_AsSsize_t(item(places, at));
@@ -250,7 +266,7 @@ are_plain(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs)
     for (Py_ssize_t i = 0; i < count; i++) {
         PyObject *thing = item(things, i), *kind = (PyObject *)Py_TYPE(thing);
         Py_ssize_t j = 0;
-        while (j < kind_count && PyTuple_GetItem(kinds, j) != kind)
+        while (j < kind_count && PyTuple_GET_ITEM(kinds, j) != kind)
             j++;
         if (j == kind_count)
             return Py_NewRef(Py_False);
@@ -268,24 +284,24 @@ are_plain(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs)
    _ReadsInPython. An entry is looked for in the innermost scope of whoever asks, by the id of the
    dict; what is not there, the method _read() is asked for. */
 
-/* What returns the layers of the innermost scope, by id; ABSENT; "_read". */
-static PyObject *get_layers, *absent, *read_by;
+/* The context variable of the layers of the innermost scope, by id; ABSENT; "_read". */
+static PyObject *open_layers, *absent, *read_by;
 
 /* A new reference to what is seen under a key, perhaps ABSENT; NULL with an error. */
 static PyObject *
 seen(PyObject *self, PyObject *key)
 {
-    PyObject *layers = PyObject_CallNoArgs(get_layers), *value = NULL;
-    if (layers == NULL)
+    PyObject *layers, *value = NULL;
+    if (PyContextVar_Get(open_layers, NULL, &layers) < 0)
         return NULL;
-    if (PyDict_CheckExact(layers) && PyDict_Size(layers) > 0) {
+    if (layers != NULL && PyDict_CheckExact(layers) && PyDict_GET_SIZE(layers) > 0) {
         PyObject *number = PyLong_FromVoidPtr(self);
         PyObject *layer = number ? PyDict_GetItemWithError(layers, number) : NULL;
         if (layer != NULL && PyDict_CheckExact(layer))
             value = Py_XNewRef(PyDict_GetItemWithError(layer, key));
         Py_XDECREF(number);
     }
-    Py_DECREF(layers);
+    Py_XDECREF(layers);
     if (value == NULL && !PyErr_Occurred()) {
         PyObject *read = PyObject_GetAttr(self, read_by);
         value = read ? PyObject_CallFunctionObjArgs(read, key, NULL) : NULL;
@@ -326,12 +342,12 @@ static PyType_Spec reads_spec = {
 static PyObject *
 scoped_reads(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs)
 {
-    if (!expect(nargs == 2 && PyCallable_Check(args[0]), "scoped_reads(get_layers, absent)"))
+    if (!expect(nargs == 2 && PyContextVar_CheckExact(args[0]), "scoped_reads(open_layers, absent)"))
         return NULL;
     if (read_by == NULL && (read_by = PyUnicode_InternFromString("_read")) == NULL)
         return NULL;
-    PyObject *before[2] = {get_layers, absent};
-    get_layers = Py_NewRef(args[0]);
+    PyObject *before[2] = {open_layers, absent};
+    open_layers = Py_NewRef(args[0]);
     absent = Py_NewRef(args[1]);
     Py_XDECREF(before[0]);
     Py_XDECREF(before[1]);

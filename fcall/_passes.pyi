@@ -1,6 +1,6 @@
 """The functions of fcall.passes, in C. These take positional arguments alone."""
 
-from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
 from fcall.passes import (
@@ -20,4 +20,4 @@ REVISION: int
 
 __all__ = ["REVISION", "are_plain", "look", "put_back", "put_in", "scoped_reads"]
 
-def scoped_reads(get_layers: Callable[[], Any], absent: Any) -> type[Any]: ...
+def scoped_reads(open_layers: ContextVar[Any], absent: Any) -> type[Any]: ...

@@ -160,11 +160,12 @@ def _call(
         out, changed = operator.call(module, method, substitution, names, values, args, kwargs)
         write_back(dicts, names, changed)
         return out
-    routes.record(type(module).__name__, routes.EAGER)
+    if routes.recordings:
+        routes.record(type(module).__name__, routes.EAGER)
     target = module if method is None else getattr(module, method)
     if substitution.rnns and needs_plain_rnns(substitution.rnns, (*values, *args)):
         target = with_plain_rnns(target)
-    swap = eager.new_swap(substitution, values, alone=alone)
+    swap = (eager.Direct if alone else eager.Beside)(substitution, values)
     try:
         try:
             swap.put_in(substitution.spread(values), originals)

@@ -140,7 +140,13 @@ class _Plan:
         """Return what the plan means for the modules, or None if they are built in another way."""
         own_dict = scoped.own_dict if scoped.count() else None
         looked = look(*self.asked, own_dict)
-        return None if looked is None else self.found_in(looked)
+        if looked is None:
+            return None
+        if self.is_plain and not self.rnns:  # as found_in() does it, without a call for it
+            owners, stores, dicts, originals, kept = looked
+            parts = self.layout, owners, stores, (), dicts, *self.order
+            return tuple.__new__(Substitution, parts), originals, kept
+        return self.found_in(looked)
 
     def found_in(self, looked: Looked) -> Found:
         """Return what the plan means for modules, of which that was picked."""

@@ -32,7 +32,8 @@ class Route(NamedTuple):
     """Why it was inlined, or guarded and will be the next time too; else empty."""
 
 
-_recordings: list[list[Route]] = []
+recordings: list[list[Route]] = []
+"""Where calls are recorded: nowhere, as a rule."""
 
 
 @contextlib.contextmanager
@@ -57,17 +58,17 @@ def record_routes() -> Iterator[list[Route]]:
         [Route(module='Linear', kind='eager', reason='')]
     """
     routes: list[Route] = []
-    _recordings.append(routes)
+    recordings.append(routes)
     try:
         yield routes
     finally:
         # By identity: two recordings may be equal.
-        _recordings[:] = [other for other in _recordings if other is not routes]
+        recordings[:] = [other for other in recordings if other is not routes]
 
 
 def record(module: str, kind: str, reason: str = "") -> None:
     """Tell the recordings that a call of a ``module`` took a route."""
     if kind == INLINED:
         log.info("the call of %s is inlined: %s", module, reason)
-    for routes in list(_recordings):
+    for routes in list(recordings):
         routes.append(Route(module, kind, reason))

@@ -2,9 +2,13 @@
 
 from fcall.eager import alone, beside, custom_backward, direct, recompute, swap, threads
 from fcall.eager.alone import is_alone, new_swap
+from fcall.eager.beside import Beside
+from fcall.eager.direct import Direct
 from fcall.eager.swap import Swap
 
 __all__ = [
+    "Beside",
+    "Direct",
     "Swap",
     "alone",
     "beside",

@@ -51,7 +51,7 @@ class _ReadsInPython(dict[str, Any]):
 if TYPE_CHECKING or scoped_reads is None:
     _Reads = _ReadsInPython
 else:
-    _Reads = scoped_reads(open_layers.get, ABSENT)
+    _Reads = scoped_reads(open_layers, ABSENT)
 
 
 class ScopedDict(_Reads):
