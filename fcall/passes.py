@@ -11,7 +11,9 @@ No signal is handled in the middle of the C, nor of a pass.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain, cycle
@@ -45,12 +47,14 @@ __all__ = [
 REVISION = 1
 """That of ``_passes.c``, so that a library which was built from an older one is left alone."""
 
-try:
-    from fcall import _passes
+IN_C = False
+"""Whether the C is used. Not where Python has no GIL, on which it counts."""
 
-    IN_C = _passes.REVISION == REVISION and not os.environ.get("FCALL_PURE_PYTHON")
-except ImportError:
-    IN_C = False
+with contextlib.suppress(ImportError):
+    if getattr(sys, "_is_gil_enabled", lambda: True)():
+        from fcall import _passes
+
+        IN_C = _passes.REVISION == REVISION and not os.environ.get("FCALL_PURE_PYTHON")
 
 ABSENT: Any = object()
 """In place of the value of an entry that is not there."""

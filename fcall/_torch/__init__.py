@@ -232,6 +232,11 @@ def _codes_of(things: Iterable[Any]) -> Iterator[CodeType]:
             yield from _codes_of(v for v in own if isinstance(v, FunctionType))
 
 
+_HAS_PARAMETRIZATION_CACHE = hasattr(parametrize, "_cache") and hasattr(
+    parametrize, "_cache_enabled"
+)
+
+
 def parametrization_cache(*, if_unused: bool = False) -> dict[Any, Any] | None:
     """Return what ``parametrize.cached()`` keeps its tensors in, or None if it keeps nothing now.
 
@@ -241,6 +246,8 @@ def parametrization_cache(*, if_unused: bool = False) -> dict[Any, Any] | None:
     Args:
         if_unused: Whether to return it also outside of ``parametrize.cached()``.
     """
+    if not _HAS_PARAMETRIZATION_CACHE:
+        return None
     cache: dict[Any, Any] | None = parametrize._cache
     return cache if cache or parametrize._cache_enabled or if_unused else None
 
