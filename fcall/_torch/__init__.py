@@ -58,6 +58,7 @@ __all__ = [
     "is_traced_by_jit",
     "lambda_guard",
     "linear",
+    "needs_gradient",
     "parametrization_cache",
     "pre_dispatch_proxy_mode",
     "pytree",
@@ -157,6 +158,13 @@ def has_varying_sizes_under_vmap(value: Any) -> bool:
             return True
         value = _unwrapped(value)
     return False
+
+
+def needs_gradient(value: torch.Tensor) -> bool:
+    """Whether a tensor, or what a transform of torch.func has wrapped in it, needs a gradient."""
+    while _is_wrapped(value) and not value.requires_grad:
+        value = _unwrapped(value)
+    return value.requires_grad
 
 
 def runs_under_one_vmap() -> bool:

@@ -24,7 +24,8 @@ __all__ = ["run"]
 
 def run(body: GraphModule, operands: tuple[Any, ...]) -> Any:
     """Return ``body(*operands)``, whose nodes keep what they know of the user's code."""
-    if _torch.runs_under_one_vmap():
+    # torch.export records no functions with derivatives by hand.
+    if _torch.runs_under_one_vmap() and not torch.compiler.is_exporting():
         return _OfMembers(body).run(*operands)
     return Interpreter(body).run(*operands)
 
@@ -44,6 +45,7 @@ class _OfMembers(Interpreter):
 def _has_own_weight(x: Tensor, weight: Tensor, *_: Any) -> bool:
     return (
         _torch.is_batched(weight)
+        and (_torch.needs_gradient(weight) or _torch.needs_gradient(x))
         and weight.dim() == 2
         and x.dim() >= 2
         and not torch.is_autocast_enabled(x.device.type)  # which does not reach a backward by hand
