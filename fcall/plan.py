@@ -140,21 +140,16 @@ class _Plan:
         """Return what the plan means for the modules, or None if they are built in another way."""
         own_dict = scoped.own_dict if scoped.count() else None
         looked = look(*self.asked, own_dict)
-        if looked is None:
-            return None
-        if self.is_plain and not self.rnns:  # as found_in() does it, without a call for it
-            owners, stores, dicts, originals, kept = looked
-            parts = self.layout, owners, stores, (), dicts, *self.order
-            return tuple.__new__(Substitution, parts), originals, kept
-        return self.found_in(looked)
+        return None if looked is None else self.found_in(looked)
 
     def found_in(self, looked: Looked) -> Found:
         """Return what the plan means for modules, of which that was picked."""
         owners, stores, dicts, originals, kept = looked
         rnns = [owners[i] for i in self.rnns] if self.rnns else ()
         if self.is_plain:
-            found = Substitution(self.layout, owners, stores, rnns, dicts, *self.order)
-            return found, originals, kept
+            parts = self.layout, owners, stores, rnns, dicts, *self.order
+            # Not Substitution(...), which is a function of Python's, and in each call.
+            return tuple.__new__(Substitution, parts), originals, kept
         places = self.layout.places
         entries = [entry_of(owners[i], store, key) for i, store, key in places]
         stores = [store for store, _ in entries]

@@ -11,9 +11,9 @@ from __future__ import annotations
 import functools
 import importlib
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from itertools import repeat
-from operator import attrgetter, contains
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import compress, repeat
+from operator import contains, or_
 from types import CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -42,6 +42,7 @@ __all__ = [
     "ProxyTorchDispatchMode",
     "allow_rnns_in_this_trace",
     "attributes_when_not_compiled",
+    "codes_of",
     "compiled_among",
     "dynamo",
     "dynamo_is_imported",
@@ -67,6 +68,7 @@ __all__ = [
     "runs_under_one_vmap",
     "set_parametrization_cache",
     "shown_no_module",
+    "source_of",
     "start_no_graphs_in",
     "trace_as_plain_dict",
     "track_tensor_tree",
@@ -79,11 +81,11 @@ except ImportError:
     CheckpointFrame = None  # type: ignore[assignment, misc]
 
 F = TypeVar("F", bound=Callable[..., Any])
-# Whether torch.jit.trace runs the caller: torch.jit.is_tracing(), in a third of its time.
-is_traced_by_jit: Callable[[], bool] = getattr(torch._C, "_is_tracing", torch.jit.is_tracing)
-
 P = ParamSpec("P")
 R = TypeVar("R")
+
+# Whether torch.jit.trace runs the caller: torch.jit.is_tracing(), in a third of its time.
+is_traced_by_jit: Callable[[], bool] = getattr(torch._C, "_is_tracing", torch.jit.is_tracing)
 
 OPERATOR_PROBLEM = ""
 """Why there can be no operator with this torch, or an empty string."""
@@ -216,33 +218,31 @@ def start_no_graphs_in(*functions_or_modules: Any) -> None:
     try:
         frames = torch._C._dynamo.eval_frame
         skip = frames._FrameExecStrategy(frames._FrameAction.SKIP, frames._FrameAction.DEFAULT)
-        for code in _codes_of(functions_or_modules):
+        for code in codes_of(functions_or_modules):
             frames.set_code_exec_strategy(code, skip)
     except AttributeError:
         pass
 
 
-def _codes_of(things: Iterable[Any]) -> Iterator[CodeType]:
+def codes_of(things: Iterable[Any]) -> Iterator[CodeType]:
     """Yield the code of functions, of all in modules and classes, and of what is nested in it."""
     for thing in things:
         if isinstance(thing, CodeType):
             yield thing
-            yield from _codes_of(const for const in thing.co_consts if isinstance(const, CodeType))
+            yield from codes_of(const for const in thing.co_consts if isinstance(const, CodeType))
         elif isinstance(thing, FunctionType):
-            yield from _codes_of([thing.__code__])
+            yield from codes_of([thing.__code__])
         elif isinstance(thing, ModuleType):
             own = [
                 v for v in vars(thing).values() if getattr(v, "__module__", "") == thing.__name__
             ]
-            yield from _codes_of(own)
+            yield from codes_of(own)
         elif isinstance(thing, type):
             own = [v.fget if isinstance(v, property) else v for v in vars(thing).values()]
-            yield from _codes_of(v for v in own if isinstance(v, FunctionType))
+            yield from codes_of(v for v in own if isinstance(v, FunctionType))
 
 
-_HAS_PARAMETRIZATION_CACHE = hasattr(parametrize, "_cache") and hasattr(
-    parametrize, "_cache_enabled"
-)
+_HAS_PARAMETRIZATION_CACHE = {"_cache", "_cache_enabled"} <= vars(parametrize).keys()
 
 
 def parametrization_cache(*, if_unused: bool = False) -> dict[Any, Any] | None:
@@ -417,6 +417,12 @@ def dynamo_is_imported() -> bool:
     return "torch._dynamo.variables.builder" in sys.modules
 
 
+def source_of(guard: Any) -> str:
+    """Return the expression for what a guard is on: a property since torch 2.12."""
+    name = guard.name
+    return name if isinstance(name, str) else name()  # type: ignore[no-any-return]
+
+
 def trace_as_plain_dict(
     kind: type[dict[Any, Any]], is_plain: Callable[[Any], bool], problem: str
 ) -> None:
@@ -436,8 +442,7 @@ def trace_as_plain_dict(
 
         def guard(builder: Any, guard: Any) -> None:
             # At the root, since where keys are guarded a dict's own manager takes no such guards.
-            name = guard.name if isinstance(guard.name, str) else guard.name()
-            code = compile(name, "<guard>", "eval")
+            code = compile(source_of(guard), "<guard>", "eval")
             scope = {key: value for key, value in builder.scope.items() if key != "L"}
 
             def check(f_locals: Any) -> bool:
@@ -463,18 +468,12 @@ def trace_as_plain_dict(
         raise DynamoUnavailableError(str(error)) from error
 
 
-_attributes_of = attrgetter("__dict__")
-
-
-def compiled_among(modules: Iterable[nn.Module]) -> list[nn.Module]:
+def compiled_among(modules: Sequence[nn.Module]) -> list[nn.Module]:
     """Return those of ``modules`` of which ``torch.compile`` may have made something."""
-    modules = [*modules]
-    own = [*map(_attributes_of, modules)]  # no bytecode a module: there may be hundreds
-    if not any(map(contains, own, repeat("dynamo_ctx"))) and not any(
-        map(contains, own, repeat("_compiled_call_impl"))
-    ):
-        return []
-    return [m for m in modules if not {"dynamo_ctx", "_compiled_call_impl"}.isdisjoint(vars(m))]
+    own = [*map(vars, modules)]  # no bytecode a module: there may be hundreds
+    as_wrapper = map(contains, own, repeat("dynamo_ctx"))
+    in_place = map(contains, own, repeat("_compiled_call_impl"))
+    return [*compress(modules, map(or_, as_wrapper, in_place))]
 
 
 def attributes_when_not_compiled(module: nn.Module) -> dict[str, Any]:

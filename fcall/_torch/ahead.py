@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dis import get_instructions
 from types import CodeType, FunctionType, SimpleNamespace
 from typing import Any
@@ -11,7 +11,13 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
-from fcall._torch import OPERATOR_PROBLEM, DynamoUnavailableError
+from fcall._torch import (
+    OPERATOR_PROBLEM,
+    DynamoUnavailableError,
+    codes_of,
+    pre_dispatch_proxy_mode,
+    source_of,
+)
 
 __all__ = [
     "artifacts",
@@ -21,7 +27,6 @@ __all__ = [
     "inductor",
     "load_aoti",
     "package_aoti",
-    "source_of",
     "with_backward",
 ]
 
@@ -40,7 +45,6 @@ def compiled_calls() -> SimpleNamespace:
         from torch._dynamo import eval_frame
         from torch._dynamo import utils as dynamo_utils
         from torch._dynamo.guards import GuardManagerType, GuardManagerWrapper
-        from torch._ops import mode_stack_state_for_pre_dispatch
 
         def tensor_check(exact: Sequence[Any], loose: Sequence[Any]) -> Callable[..., bool]:
             """Return the check that tensors are different ones, each like that in its place.
@@ -72,7 +76,6 @@ def compiled_calls() -> SimpleNamespace:
         interpreter_stack = torch._C._functorch.peek_interpreter_stack
         dispatch_modes = torch._C._len_torch_dispatch_stack
         is_recorded_by_jit = torch._C._get_tracing_state
-        pre_dispatch_mode = mode_stack_state_for_pre_dispatch().get
         hooks_on_saved_tensors = torch._C._autograd._top_saved_tensors_default_hooks
         forward_ad = torch.autograd.forward_ad
         undo_transforms = torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth
@@ -82,7 +85,7 @@ def compiled_calls() -> SimpleNamespace:
             return (
                 interpreter_stack() is None
                 and not dispatch_modes()
-                and pre_dispatch_mode(0) is None  # which is make_fx's
+                and not pre_dispatch_proxy_mode()
                 and forward_ad._current_level == -1
                 and is_recorded_by_jit() is None
                 and hooks_on_saved_tensors(True) is None
@@ -119,7 +122,7 @@ def compiled_calls() -> SimpleNamespace:
 
         def unobserved(function: FunctionType) -> FunctionType:
             """Return ``function``, which Dynamo compiled, for calls that are unobserved."""
-            codes = [*_nested(function.__code__)]
+            codes = [*codes_of([function.__code__])]
             if any(i.opname == "STORE_GLOBAL" for code in codes for i in get_instructions(code)):
                 return function
             names = {name for code in codes for name in code.co_names}
@@ -146,19 +149,6 @@ def compiled_calls() -> SimpleNamespace:
         )
     except (ImportError, AttributeError, TypeError) as error:
         raise DynamoUnavailableError(str(error)) from error
-
-
-def _nested(code: CodeType) -> Iterator[CodeType]:
-    yield code
-    for const in code.co_consts:
-        if isinstance(const, CodeType):
-            yield from _nested(const)
-
-
-def source_of(guard: Any) -> str:
-    """Return the expression for what a guard is on: a property since torch 2.12."""
-    name = guard.name
-    return name if isinstance(name, str) else name()  # type: ignore[no-any-return]
 
 
 def choose_guards_of_this_trace(

@@ -46,11 +46,12 @@ from torch import Tensor, nn
 
 from fcall import _torch, errors
 from fcall._torch import ahead
+from fcall.passes import STORES
 from fcall.program.frames import Compilation, Frame, Result
 from fcall.program.inductor import LeanInductor
 from fcall.program.record import Trace
 from fcall.program.sources import NotPortableError, digest_of_modules, modules_of, portable
-from fcall.program.structure import STORES, hooks_of
+from fcall.program.structure import hooks_of
 
 __all__ = ["Cache"]
 

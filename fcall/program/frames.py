@@ -197,7 +197,7 @@ class Frame:
         substituted = {id(store.get(key, None)) for store, key in plan.entries}
         keep = []
         for guard in guards:
-            source = ahead.source_of(guard)
+            source = _torch.source_of(guard)
             of_weight = _is_in(source, "weights")
             kind = guard.create_fn_name()
             if kind == "TYPE_MATCH" and WEIGHT.fullmatch(source):

@@ -15,10 +15,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from fcall._torch import ahead
+from fcall.passes import STORES
 
 __all__ = ["Hooks", "Watch", "hooks_of", "same_hooks"]
 
-STORES = ("_parameters", "_buffers", "_modules")
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
