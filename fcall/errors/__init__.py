@@ -64,6 +64,7 @@ from fcall.errors.graphs import (
     ProgramInputsError,
     ProgramStructureError,
     StateChangedError,
+    StaticSetsError,
     UncachedBackendError,
     UnexpectedWeightsError,
 )
@@ -108,6 +109,7 @@ __all__ = [
     "StateChangedError",
     "StateDtypeError",
     "StateFileError",
+    "StaticSetsError",
     "StrictKeysError",
     "TangentsError",
     "TiedValuesError",

@@ -21,6 +21,7 @@ __all__ = [
     "ProgramInputsError",
     "ProgramStructureError",
     "StateChangedError",
+    "StaticSetsError",
     "UncachedBackendError",
     "UnexpectedWeightsError",
 ]
@@ -178,6 +179,16 @@ class UncachedBackendError(FcallError, ValueError):
         "fcall.compile keeps on disk what backend='inductor' compiles, without the options "
         "'guard_filter_fn', 'size_asserts' and 'use_aoti'; it was given backend={0!r}. Leave out "
         "cache, or these."
+    )
+
+
+class StaticSetsError(FcallError, ValueError):
+    """``static_sets`` of ``fcall.compile`` is no number, or of no use. Details: it."""
+
+    template = (
+        "static_sets is how many sets of weights have a CUDA graph of their own: a number from 0, "
+        "where CUDA graphs are recorded, as with backend='inductor' and mode='reduce-overhead'. It "
+        "is {0!r}, {1}. Leave it out, or ask for CUDA graphs."
     )
 
 

@@ -82,7 +82,7 @@ class Cache:
             path = self._path_for(frame, weights, args, kwargs)
             found = self._load(path, frame, variables) if path is not None else None
             if found is not None:
-                frame.restored.append(found)
+                frame.restore(found, None)
         if isinstance(found, Restored):
             return found(weights, args, kwargs)  # type: ignore[no-any-return]
         result = frame(weights, args, kwargs)

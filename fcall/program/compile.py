@@ -22,6 +22,7 @@ from fcall.program.frames import Compile, Frame, Names, Result, as_plain
 from fcall.program.inductor import OPTION, LeanInductor
 from fcall.program.record import Record
 from fcall.program.structure import Hooks, hooks_of, same_hooks
+from fcall.program.weight_sets import STATIC_SETS, WeightSets, weight_sets
 
 __all__ = ["CompiledCall", "compile"]
 
@@ -38,9 +39,15 @@ class CompiledCall:
     """
 
     def __init__(
-        self, module: nn.Module, method: str, compile: Compile, cache: Cache | None = None
+        self,
+        module: nn.Module,
+        method: str,
+        compile: Compile,
+        cache: Cache | None = None,
+        static_sets: int | None = None,
     ) -> None:
         self._cache = cache
+        self._static_sets = static_sets
         self.module = module
         self.method = method
         self._called = None if method == "forward" else method
@@ -104,7 +111,7 @@ class CompiledCall:
         run: Callable[..., Result] = frame
         if self._cache is not None:
             run = partial(self._cache.call, frame)
-        result = run(plain, args, kwargs)
+        result = frame.call(run, plain, args, kwargs)
         if compilations := frame.compilations():
             self._add_route(
                 FastRoute(self.module, names, frame, compilations, weights, kept, inputs or ())
@@ -136,7 +143,8 @@ class CompiledCall:
                 if frame.is_for(self.module, names) and frame.accepts(*weights):
                     return frame
             record = Record() if self._cache is not None else None
-            frame = Frame(self.module, self._called, names, weights, self._compile, record)
+            sets = weight_sets(weights, self._static_sets)
+            frame = Frame(self.module, self._called, names, weights, self._compile, record, sets)
             self._frames = [frame, *self._frames[: KEPT - 1]]
             return frame
 
@@ -171,7 +179,7 @@ class _AsGiven:
 
         # Dynamo counts compilations, and gives up on too many, by code object.
         call.__code__ = call.__code__.replace()
-        return self._compile(call, False, None)
+        return self._compile(call, False, None, None)
 
 
 def _against_frames(inputs: list[Tensor] | None) -> str:
@@ -212,6 +220,7 @@ def compile(
     dynamic: bool | None = None,
     options: dict[str, Any] | None = None,
     cache: str | os.PathLike[str] | None = None,
+    static_sets: int | None = None,
 ) -> CompiledCall:
     """Compile ``module`` as a function of its parameters and buffers.
 
@@ -230,11 +239,18 @@ def compile(
         cache: A folder for what is compiled, so that another process need not: the first call of
             a kind takes it from there, if it is for the same versions, module and code. Only for
             Inductor. It holds native code, and is to be trusted like code.
+        static_sets: Where CUDA graphs are recorded, as with ``mode="reduce-overhead"``: how many
+            sets of weights have a graph of their own, which reads them where they are; 8 if nothing
+            is said. It is the first set, and those whose addresses come back. Other weights are
+            copied, in one kernel for each dtype, to buffers that one more graph reads; with 0 all.
 
     Returns:
         A callable ``f(parameter_and_buffer_dicts, *args, **kwargs)``.
 
     Raises:
+        StaticSetsError: ``static_sets`` is no such number, or there are no CUDA graphs
+            (``ValueError``).
+        UncachedBackendError: ``cache`` is given for another backend (``ValueError``).
         UnknownMethodError: the module has no such method; raised at the first call.
 
     Example::
@@ -248,34 +264,33 @@ def compile(
         >>> f({"weight": torch.ones(2, 3), "bias": torch.zeros(2)}, x)  # nothing is compiled
         tensor([[3., 3.]])
     """
-    compiler = _compiler(backend, mode, dynamic, options)
-    kept = None
-    if cache is not None:
-        if backend != "inductor" or (options or {}).keys() & OF_INDUCTOR:
-            errors.fail(errors.UncachedBackendError, backend)
-        kept = Cache(cache, LeanInductor(mode, options or {}, dynamic))
-    return CompiledCall(module, method, compiler, kept)
-
-
-def _compiler(
-    backend: str | Callable[..., Any],
-    mode: str | None,
-    dynamic: bool | None,
-    options: Mapping[str, Any] | None,
-) -> Compile:
-    """Return ``torch.compile`` with these settings."""
     settings = options or {}
+    is_lean = backend == "inductor" and not settings.keys() & OF_INDUCTOR
+    lean = LeanInductor(mode, settings, dynamic) if is_lean else None
+    has_graphs = lean is not None and lean.records_cuda_graphs
+    if static_sets is None:
+        static_sets = STATIC_SETS if has_graphs else None
+    elif not has_graphs or type(static_sets) is not int or static_sets < 0:
+        asked = f"with backend={backend!r}, mode={mode!r}, options={options!r}"
+        errors.fail(errors.StaticSetsError, static_sets, asked)
+    if cache is not None and lean is None:
+        errors.fail(errors.UncachedBackendError, backend)
+    kept = Cache(cache, lean) if cache is not None and lean is not None else None
 
     def compile(
-        fn: Callable[..., Any], is_checked: bool, record: Record | None
+        fn: Callable[..., Any],
+        is_checked: bool,
+        record: Record | None,
+        sets: WeightSets | None,
     ) -> Callable[..., Any]:
-        if is_checked and backend == "inductor" and not settings.keys() & OF_INDUCTOR:
-            lean: Callable[..., Any] = LeanInductor(mode, settings, dynamic, record)
+        """Return ``torch.compile`` of ``fn`` with these settings."""
+        if is_checked and is_lean:
+            own = LeanInductor(mode, settings, dynamic, record, sets)
             seen = None if record is None else {"guard_filter_fn": record.see_guards}
-            return _compile(fn, lean, None, dynamic, seen)
+            return _compile(fn, own, None, dynamic, seen)
         return _compile(fn, backend, mode, dynamic, options)
 
-    return compile
+    return CompiledCall(module, method, compile, kept, static_sets)
 
 
 OF_INDUCTOR = {OPTION, "guard_filter_fn", "use_aoti"}

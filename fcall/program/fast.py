@@ -79,7 +79,7 @@ class FastRoute:
         self._is_plain, self._is_usual = calls.is_plain, calls.is_usual
         self._tensors = calls.tensor_check([*weights, *kept], inputs)
         self._unchanged = Watch(module).unchanged
-        self._scope = frame.scope
+        self._frame, self._scope = frame, frame.scope
         self._same = names.same
         self._compilations = compilations
 
@@ -102,7 +102,7 @@ class FastRoute:
         scope = {**self._scope, "weights": weights, "args": args, "kwargs": kwargs}
         for compilation in self._compilations:
             if compilation.holds(scope):
-                return compilation(weights, args, kwargs)
+                return self._frame.call(compilation, weights, args, kwargs)
         return MISS
 
 

@@ -16,7 +16,7 @@ import dis
 import itertools
 import re
 import threading
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from operator import itemgetter
 from types import CodeType, FunctionType
 from typing import Any
@@ -31,12 +31,13 @@ from fcall.call import functional_call
 from fcall.plan import binding_for, plan_for
 from fcall.program.record import Record
 from fcall.program.structure import hooks_of, same_hooks
+from fcall.program.weight_sets import WeightSets
 
 __all__ = ["Compilation", "Compile", "Frame", "Names", "as_plain"]
 
-Compile = Callable[[Callable[..., Any], bool, Record | None], Callable[..., Any]]
-"""Compiles a function. Whether who calls it has checked the weights and inputs; its record, if any.
-"""
+Compile = Callable[[Callable[..., Any], bool, Record | None, WeightSets | None], Callable[..., Any]]
+"""Compiles a function. Whether who calls it has checked the weights and inputs; its record, and
+what decides where its weights are read, if any."""
 
 _numbers = itertools.count()
 
@@ -80,8 +81,10 @@ class Frame:
         weights: tuple[Tensor, ...],
         compile: Compile,
         record: Record | None = None,
+        sets: WeightSets | None = None,
     ) -> None:
         self.module, self.method, self.record = module, method, record
+        self.sets = sets
         self.slots, self.index = names.slots, names.index
         self.binding = binding_for(module, tuple(self.slots), tie_weights=True, strict=False)
         self.hooks = hooks_of(module)
@@ -134,7 +137,7 @@ class Frame:
         """What Dynamo's guards find in the frame besides its arguments."""
         self.restored: list[Compilation] = []
         """Compilations by other processes."""
-        self._compiled = compile(call, True, record)
+        self._compiled = compile(call, True, record, sets)
         self._first_call = threading.RLock()
         self._was_called = False
 
@@ -148,6 +151,29 @@ class Frame:
             result: Result = self._compiled(weights, args, kwargs)
             self._was_called = True
             return result
+
+    def call(
+        self,
+        run: Callable[..., Result],
+        weights: tuple[Tensor, ...],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Result:
+        """Call what was made of this frame: with copies of the weights, if CUDA graphs need it."""
+        if self.sets is None:
+            return run(weights, args, kwargs)
+        result: Result = self.sets.call(
+            lambda placed: run(placed, args, kwargs),
+            weights,
+            is_one_graph=isinstance(run, Compilation),
+        )
+        return result
+
+    def restore(self, compilation: Compilation, written: Iterable[int] | None) -> None:
+        """Add what another process compiled, which writes to some of the weights in place."""
+        if self.sets is not None:
+            self.sets.note_written(written)
+        self.restored.append(compilation)
 
     def is_for(self, module: nn.Module, names: Names) -> bool:
         """Whether it is for these slots, and the module as it is built now."""
@@ -232,8 +258,8 @@ def _is_one_graph(code: CodeType) -> bool:
     return "functional_call" not in used and any(n.startswith("__compiled_fn") for n in used)
 
 
-WEIGHT = re.compile(r"L\['weights'\]\[\d+\]")
-"""The source of a weight itself."""
+WEIGHT = re.compile(r"L\['weights'\]\[(\d+)\]")
+"""The source of a weight itself, with its number."""
 
 CHECKED = {"AUTOGRAD_SAVED_TENSORS_HOOKS"}
 """Kinds of guards that take long, on what calls are checked for: ``is_plain`` of ``ahead``."""
@@ -249,17 +275,22 @@ def _is_in(source: str, variable: str) -> bool:
 class Compilation:
     """One compilation of a frame: Dynamo's guards, and the code to be run where they hold."""
 
-    __slots__ = ("_check", "_guards", "_is_unobserved", "_undo_transforms", "_unobserved", "run")
+    __slots__ = (
+        *("_begin", "_check", "_guards", "_is_unobserved", "_undo_transforms", "_unobserved"),
+        "run",
+    )
 
     def __init__(self, guards: Any, run: FunctionType) -> None:
         self._guards = guards
         self._check = guards.root.check
         calls = ahead.compiled_calls()
         self._is_unobserved, self._undo_transforms = calls.is_unobserved, calls.undo_transforms
+        self._begin = calls.begin
         self.run, self._unobserved = run, calls.unobserved(run)
 
     def __call__(self, *inputs: Any) -> Any:
         """Run the code."""
+        self._begin()
         try:
             return self._unobserved(*inputs) if self._is_unobserved() else self.run(*inputs)
         except BaseException:

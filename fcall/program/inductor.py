@@ -1,16 +1,21 @@
-"""Inductor without the assertions that the checks of a call make needless."""
+"""Inductor without what the checks of a call make needless: assertions, and copies of weights."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch.fx import GraphModule
 
 from fcall._torch import ahead
+from fcall.program.frames import WEIGHT
 from fcall.program.record import Record
+from fcall.program.weight_sets import WeightSets
 
 __all__ = ["LeanInductor"]
+
+CUDA_GRAPHS = "triton.cudagraphs"
+"""The option of Inductor that ``mode="reduce-overhead"`` sets."""
 
 OPTION = "size_asserts"
 """The option of Inductor for code that asserts sizes and strides, at 0.2 us an input and call."""
@@ -22,6 +27,8 @@ class LeanInductor:
     Whoever calls the compiled graph has compared the inputs with what it was compiled for. The same
     option asserts that other people's operators return what they said they would; so it stays on
     for a graph that has such operators.
+
+    With ``sets``, which see to it that they can, CUDA graphs read the weights where they are.
     """
 
     compiler_name = "inductor"
@@ -32,8 +39,9 @@ class LeanInductor:
         options: Mapping[str, Any] | None,
         dynamic: bool | None,
         record: Record | None = None,
+        sets: WeightSets | None = None,
     ) -> None:
-        self._record = record
+        self._record, self._sets = record, sets
         self.settings = f"{mode} {sorted((options or {}).items())} {dynamic}"
         """A text that tells these from others."""
         self._full = ahead.inductor(mode, options, dynamic)
@@ -42,9 +50,25 @@ class LeanInductor:
 
     def __call__(self, graph: GraphModule, inputs: Any) -> Any:
         inductor = self._lean if _is_all_of_torch(graph) else self._full
+        if self._sets is None:
+            return self._compile(inductor, graph, inputs)
+        with ahead.with_facts_of_graphs():
+            ahead.mark_static(graph, lambda source: WEIGHT.fullmatch(source) is not None)
+            compiled = self._compile(inductor, graph, inputs)
+            sources = ahead.written_sources(graph)
+        matches = None if sources is None else map(WEIGHT.fullmatch, sources)
+        self._sets.note_written(matches and [int(match[1]) for match in matches if match])
+        return compiled
+
+    def _compile(self, inductor: Callable[..., Any], graph: GraphModule, inputs: Any) -> Any:
         if self._record is not None:
             return self._record.compile(inductor, graph, inputs)
         return inductor(graph, inputs)
+
+    @property
+    def records_cuda_graphs(self) -> bool:
+        """Whether calls are recorded as CUDA graphs, where they run on a GPU."""
+        return bool(self.patches.get(CUDA_GRAPHS, ahead.inductor_setting(CUDA_GRAPHS)))
 
     @property
     def patches(self) -> dict[str, Any]:
