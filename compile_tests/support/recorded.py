@@ -1,20 +1,20 @@
-"""CUDA graphs without CUDA: what Inductor compiles for the CPU is "recorded", and counted.
+"""CUDA graphs, counted: real ones on a GPU, and without one what stands for them.
 
-A recording is for the addresses of its static inputs, as torch's are, and is run again for the same.
-Other inputs are copied in a real one. What cannot be seen here is what real ones do to the memory of
-outputs; tests on a GPU see that.
+On the CPU, what Inductor compiles is "recorded" for the addresses of its static inputs, as torch
+does it, and run again for the same ones; other inputs count as copied. What cannot be seen there is
+what real graphs do to the memory of outputs: for that, the same tests run on a GPU.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
 
 import torch
-from torch._inductor import config, cudagraph_utils, output_code
+from torch._inductor import config, cudagraph_trees, cudagraph_utils, output_code
 
 from fcall._torch import ahead
 from fcall.program import weight_sets
@@ -25,24 +25,21 @@ class Recordings:
     """What was recorded, and copied, so far."""
 
     forward: list[tuple[int, ...]] = field(default_factory=list)
-    """The addresses of the static inputs of each recording."""
-    backward: list[tuple[int, ...]] = field(default_factory=list)
-    copied: int = 0
-    """How many inputs were not static, in all calls."""
+    """For each recording of a forward the addresses of its static inputs."""
+    not_static: set[int] = field(default_factory=set)
+    """How many inputs of a forward had to be copied into what was recorded."""
     weights_copied: int = 0
     """How many weights fcall copied to buffers of its own."""
 
+    def add(self, addresses: tuple[int, ...], others: int) -> None:
+        self.forward.append(addresses)
+        self.not_static.add(others)
+
 
 @contextlib.contextmanager
-def recordings() -> Iterator[Recordings]:
-    """Have what is compiled with CUDA graphs in here run as if on a GPU."""
+def recordings(device: str) -> Iterator[Recordings]:
+    """Have what is compiled with CUDA graphs in here be counted; on the CPU, as if on a GPU."""
     found = Recordings()
-
-    def record(_: Any, compiled: Any, *others: Any) -> None:
-        of = found.backward if compiled.fx_kwargs["is_backward"] else found.forward
-        static = tuple(compiled.fx_kwargs["static_input_idxs"] or ())
-        compiled.current_callable = _recorded(compiled.current_callable, static, found, of)
-
     copy_all = ahead.copy_all
 
     def count_copies(to: list[Any], tensors: list[Any]) -> None:
@@ -50,28 +47,51 @@ def recordings() -> Iterator[Recordings]:
         copy_all(to, tensors)
 
     with contextlib.ExitStack() as stack:
-        patch = lambda *args: stack.enter_context(mock.patch.object(*args))  # noqa: E731
-        patch(cudagraph_utils, "check_multiple_devices_or_any_cpu_nodes", lambda _: None)
-        patch(output_code, "cudagraph_post_compile", record)
-        patch(output_code, "cudagraph_partition_post_compile", record)
-        patch(weight_sets, "DEVICES", frozenset({"cpu"}))
+
+        def patch(where: Any, name: str, replacement: Any) -> None:
+            stack.enter_context(mock.patch.object(where, name, replacement))
+
         patch(ahead, "copy_all", count_copies)
-        stack.enter_context(config.patch(fx_graph_cache=False))
+        if device == "cuda":
+            patch(cudagraph_trees.CUDAGraphNode, "__init__", _counting_nodes(found))
+        else:
+            for name in ("cudagraph_post_compile", "cudagraph_partition_post_compile"):
+                patch(output_code, name, _standing_in(found))
+            patch(cudagraph_utils, "check_multiple_devices_or_any_cpu_nodes", lambda _: None)
+            patch(weight_sets, "DEVICES", frozenset({"cpu"}))
+            stack.enter_context(config.patch(fx_graph_cache=False))
         torch.compiler.reset()
         yield found
 
 
-def _recorded(
-    model: Callable[[list[Any]], Any],
-    static: Sequence[int],
-    found: Recordings,
-    recorded: list[tuple[int, ...]],
-) -> Callable[[list[Any]], Any]:
-    def run(inputs: list[Any]) -> Any:
-        addresses = tuple([inputs[i].data_ptr() for i in static])
-        if addresses not in recorded:
-            recorded.append(addresses)
-        found.copied += len(inputs) - len(static)
-        return model(inputs)
+def _counting_nodes(found: Recordings) -> Callable[..., None]:
+    init = cudagraph_trees.CUDAGraphNode.__init__
 
-    return run
+    def counted(self: Any, function: Any, graph: Any, parent: Any, inputs: Any, *args: Any) -> None:
+        static = [i for i in function.static_input_idxs if isinstance(inputs[i], torch.Tensor)]
+        addresses, count = tuple([inputs[i].data_ptr() for i in static]), len(inputs)
+        init(self, function, graph, parent, inputs, *args)
+        if args[4] is not cudagraph_trees.CompilationMode.BACKWARD:
+            found.add(addresses, count - len(static))
+
+    return counted
+
+
+def _standing_in(found: Recordings) -> Callable[..., None]:
+    def post_compile(_: Any, compiled: Any, *others: Any) -> None:
+        if compiled.fx_kwargs["is_backward"]:
+            return
+        static = tuple(compiled.fx_kwargs["static_input_idxs"] or ())
+        model = compiled.current_callable
+        recorded = set()
+
+        def run(inputs: list[Any]) -> Any:
+            addresses = tuple([inputs[i].data_ptr() for i in static])
+            if addresses not in recorded:
+                recorded.add(addresses)
+                found.add(addresses, len(inputs) - len(static))
+            return model(inputs)
+
+        compiled.current_callable = run
+
+    return post_compile

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch.fx import GraphModule
@@ -56,8 +56,7 @@ class LeanInductor:
             ahead.mark_static(graph, lambda source: WEIGHT.fullmatch(source) is not None)
             compiled = self._compile(inductor, graph, inputs)
             sources = ahead.written_sources(graph)
-        matches = None if sources is None else map(WEIGHT.fullmatch, sources)
-        self._sets.note_written(matches and [int(match[1]) for match in matches if match])
+        self._sets.note_written(None if sources is None else _weights_among(sources))
         return compiled
 
     def _compile(self, inductor: Callable[..., Any], graph: GraphModule, inputs: Any) -> Any:
@@ -78,6 +77,10 @@ class LeanInductor:
     def reset(self) -> None:
         """Do what torch does for Inductor when it forgets all compilations."""
         self._full.reset()  # type: ignore[attr-defined]
+
+
+def _weights_among(sources: Iterable[str]) -> list[int]:
+    return [int(match[1]) for match in map(WEIGHT.fullmatch, sources) if match]
 
 
 def _is_all_of_torch(graph: GraphModule) -> bool:

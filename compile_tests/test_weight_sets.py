@@ -1,0 +1,308 @@
+"""``fcall.compile`` with CUDA graphs: which sets of weights are read where they are.
+
+On the CPU something else stands for the graphs: see ``support/recorded.py``.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fcall
+from compile_tests.support.compiled import backward, fresh, gradients
+from compile_tests.support.devices import CUDA, Values, values_of
+from compile_tests.support.models import MLP
+from compile_tests.support.oracle import assert_close, in_float64, loaded, unchanged
+from compile_tests.support.recorded import Recordings, recordings
+from compile_tests.support.threads import run
+
+pytestmark = [
+    pytest.mark.compiled,
+    pytest.mark.inductor,
+    pytest.mark.parametrize("device", [CUDA, "cpu"], indirect=True),
+]
+
+
+class Normed(nn.Module):
+    """Writes to two buffers in place, and reassigns a third."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.norm = nn.Linear(3, 4), nn.BatchNorm1d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.norm(self.linear(x))
+        return out
+
+
+class Shown(nn.Module):
+    """Returns a part of one of its weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(3, 4))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x @ self.weight, self.weight[1]
+
+
+@pytest.fixture
+def found(device: str) -> Iterator[Recordings]:
+    with recordings(device) as found:
+        yield found
+
+
+class Call:
+    """A compiled module, called beside the oracle."""
+
+    def __init__(self, module: nn.Module, device: str, **options: Any) -> None:
+        self.module = module.to(device)
+        self.x = torch.rand(2, 3, device=device)
+        self.fn = fcall.compile(self.module, mode="reduce-overhead", **options)
+
+    def values(self, seed: int, *, learned: bool = False) -> Values:
+        return values_of(self.module, seed, learned=learned)
+
+    def check(self, given: Values) -> None:
+        """Call, and compare the output, gradients, and what is written."""
+        for value in given.values():
+            value.grad = None
+        same = fresh(given)
+        learned = any(value.requires_grad for value in given.values())
+        with unchanged(self.module), torch.set_grad_enabled(learned):
+            out = self.fn(given, self.x)
+            expected = fcall.functional_call(self.module, same, (self.x,))
+        assert_close(out, expected)
+        if learned:
+            backward(out)
+            backward(expected)
+            assert_close(gradients(given), gradients(same))
+        assert_close(given, same)
+
+
+def of_weights(found: Recordings, given: Values) -> list[bool]:
+    """For each recording whether it reads all of these weights where they are."""
+    addresses = {value.data_ptr() for value in given.values()}
+    return [addresses <= set(recorded) for recorded in found.forward]
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_sets_that_come_back_are_not_copied(device: str, found: Recordings, learned: bool) -> None:
+    call = Call(MLP(), device)
+    sets = [call.values(seed, learned=learned) for seed in range(4)]
+    for given in (*sets, *sets):
+        call.check(given)
+    assert all(any(of_weights(found, given)) for given in sets)
+    assert len(found.forward) == 5, "one for each set, and one for buffers"
+    assert found.not_static == {1}, "the input alone"
+    copied = found.weights_copied
+    assert copied == 3 * len(sets[0]), "all but the first set, when they were new"
+    for given in (*sets, *sets[::-1]):
+        for value in given.values():  # as an optimizer does
+            with torch.no_grad():
+                value.mul_(0.9)
+        call.check(given)
+    assert (len(found.forward), found.weights_copied) == (5, copied)
+
+
+def test_sets_that_are_new_each_time(device: str, found: Recordings) -> None:
+    """One set of buffers does for all of them, and what is recorded does not grow."""
+    call = Call(MLP(), device)
+    kept = [call.values(seed) for seed in range(12)]  # alive, so that no address comes back
+    for given in kept:
+        call.check(given)
+    assert len(found.forward) == 2
+    assert found.weights_copied == 11 * len(kept[0])
+
+
+@pytest.mark.parametrize("static_sets", [0, 1, 2])
+def test_as_many_as_were_asked_for(device: str, found: Recordings, static_sets: int) -> None:
+    call = Call(MLP(), device, static_sets=static_sets)
+    sets = [call.values(seed) for seed in range(3)]
+    for given in sets * 3:
+        call.check(given)
+    where_they_are = [any(of_weights(found, given)) for given in sets]
+    assert sum(where_they_are) == static_sets
+    assert len(found.forward) == static_sets + 1
+
+
+def _replaced(given: Values) -> Values:
+    return {name: value.clone() for name, value in given.items()}
+
+
+def _moved(given: Values) -> Values:
+    for value in given.values():
+        value.data = value.detach() * 2
+    return given
+
+
+def _freed(given: Values) -> Values:
+    copies = {name: value.detach().cpu() for name, value in given.items()}
+    device = given["l1.weight"].device
+    given.clear()
+    gc.collect()
+    return {name: value.to(device) + 1 for name, value in copies.items()}
+
+
+def _one_moved(given: Values) -> Values:
+    given["l2.bias"].data = given["l2.bias"].detach() + 1
+    return given
+
+
+def _elsewhere_in_memory(given: Values) -> Values:
+    """At an address that no kernel for aligned tensors may be given."""
+    for value in given.values():
+        memory = value.new_empty(value.numel() + 1)
+        value.data = memory[1:].view(value.shape).copy_(value)
+    return given
+
+
+@pytest.mark.parametrize(
+    "change",
+    [_replaced, _moved, _one_moved, _freed, _elsewhere_in_memory],
+    ids=lambda f: f.__name__,
+)
+@pytest.mark.parametrize("learned", [False, True])
+def test_no_stale_address(
+    device: str, found: Recordings, change: Callable[[Values], Values], learned: bool
+) -> None:
+    call = Call(MLP(), device)
+    given = call.values(1, learned=learned)
+    for _ in range(3):
+        call.check(given)
+    for _ in range(4):
+        given = {n: v.detach().requires_grad_(learned) for n, v in change(given).items()}
+        call.check(given)
+        call.check(given)
+    call.check(call.values(2, learned=learned))
+
+
+def test_resized_weights(device: str, found: Recordings) -> None:
+    call = Call(nn.Linear(3, 4, bias=False), device)
+    given = {"weight": torch.rand(4, 3, device=device)}
+    for _ in range(2):
+        call.check(given)
+    for rows in (8, 4, 2):
+        given["weight"].resize_(rows, 3).fill_(0.5)
+        call.check(given)
+
+
+@pytest.mark.parametrize("static_sets", [0, 8])
+def test_what_is_written_in_place_or_reassigned(
+    device: str, found: Recordings, static_sets: int
+) -> None:
+    """It arrives in the values that were given, and nothing is written to the others."""
+    call = Call(Normed(), device, static_sets=static_sets)
+    sets = [call.values(seed) for seed in range(3)]
+    for number, given in enumerate(sets * 3):
+        versions = {name: value._version for name, value in given.items()}
+        counted = given["norm.num_batches_tracked"].clone()
+        call.check(given)
+        assert given["norm.num_batches_tracked"] == counted + 1
+        if number:  # in the call that compiled it, that was looked at
+            written = {name for name in versions if given[name]._version != versions[name]}
+            assert not written & {"linear.weight", "linear.bias", "norm.weight", "norm.bias"}
+
+
+def test_an_output_that_shows_a_weight(device: str, found: Recordings) -> None:
+    """It keeps its values when other weights come to where these were."""
+    call = Call(Shown(), device, static_sets=0)
+    sets = [call.values(seed) for seed in range(4)]
+    with torch.no_grad():
+        shown = [call.fn(given, call.x)[1] for given in sets]
+    if device == "cpu":  # a real graph's outputs are for the next one to write to
+        for given, part in zip(sets, shown):
+            assert_close(part, given["weight"][1])
+    for given in sets:
+        call.check(given)
+
+
+def test_backward_after_other_calls(device: str, found: Recordings) -> None:
+    """Weights in buffers stay there while a graph is to be run backward."""
+    call = Call(MLP(), device, static_sets=0)
+    for seeds in (range(3), range(3, 6)):
+        sets = [call.values(seed, learned=True) for seed in seeds]
+        outs = [call.fn(given, call.x) for given in sets]
+        for given, out in zip(sets, outs):
+            backward(out)
+            twin = loaded(call.module, given)
+            backward(twin(in_float64(call.x)))
+            expected = {name: p.grad for name, p in twin.named_parameters()}
+            assert_close(gradients(given), [expected[name] for name in given], dtype=torch.float32)
+        del outs, out
+    assert len(found.forward) == 3, "the same buffers again"
+
+
+@pytest.mark.parametrize("static_sets", [0, 8])
+def test_weights_that_are_computed(device: str, found: Recordings, static_sets: int) -> None:
+    """Gradients flow on to what weights were made of."""
+    call = Call(MLP(), device, static_sets=static_sets)
+    base = call.values(1)
+    for factor in (0.5, 1.5, 2.5):
+        results = []
+        for fn in (call.fn, lambda p, x: fcall.functional_call(call.module, p, (x,))):
+            scale = torch.tensor(factor, device=device, requires_grad=True)
+            out = fn({name: value * scale for name, value in base.items()}, call.x)
+            results.append(torch.autograd.grad(out.square().sum(), scale))
+        assert_close(*results)
+
+
+def test_threads(device: str, found: Recordings) -> None:
+    """Each has buffers, and records, of its own."""
+    call = Call(MLP(), device, static_sets=1)
+    sets = [[call.values(10 * i + j) for j in range(3)] for i in range(3)]
+    call.check(sets[0][0])
+
+    def calls(mine: Sequence[Values]) -> list[Tensor]:
+        with torch.no_grad():
+            return [call.fn(given, call.x).clone() for _ in range(5) for given in mine]
+
+    for outs, mine in zip(run(*[lambda mine=mine: calls(mine) for mine in sets]), sets):
+        expected = [loaded(call.module, given)(in_float64(call.x)) for given in mine]
+        assert_close(outs, expected * 5, dtype=torch.float32)
+
+
+def test_each_call_begins_a_generation(device: str, found: Recordings) -> None:
+    """As a call through torch.compile does: else outputs that are alive have torch record again."""
+    from torch._dynamo.mutation_guard import GenerationTracker
+
+    call = Call(MLP(), device)
+    given = call.values(1)
+    kept = []
+    for _ in range(6):
+        before = GenerationTracker.generation
+        with torch.no_grad():
+            kept.append(call.fn(given, call.x))
+        assert GenerationTracker.generation > before
+    assert len(found.forward) == 1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"static_sets": 2},
+        {"static_sets": 2, "mode": "default"},
+        {"static_sets": 2, "mode": "reduce-overhead", "backend": "aot_eager"},
+        {"static_sets": -1, "mode": "reduce-overhead"},
+        {"static_sets": 1.5, "mode": "reduce-overhead"},
+        {"static_sets": True, "mode": "reduce-overhead"},
+    ],
+    ids=str,
+)
+def test_a_number_that_is_none_or_of_no_use(device: str, options: dict[str, Any]) -> None:
+    with pytest.raises(fcall.errors.StaticSetsError, match="a number from 0, where CUDA graphs"):
+        fcall.compile(nn.Linear(1, 1), **options)
+
+
+def test_without_cuda_graphs_nothing_is_copied(device: str, found: Recordings) -> None:
+    call = Call(MLP(), device)
+    call.fn = fcall.compile(call.module)
+    for seed in range(3):
+        call.check(call.values(seed))
+    assert not found.forward
+    assert not found.weights_copied
