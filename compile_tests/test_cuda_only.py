@@ -81,7 +81,7 @@ def test_cuda_graphs_of_a_compiled_call(device: str, kind: str, learned: bool) -
     if kind == "compiled":
         fn = inductor(calling(module), mode="reduce-overhead")
     else:
-        fn = fcall.compile(module, mode="reduce-overhead")
+        fn = fcall.compile(module, mode="reduce-overhead")  # more in test_weight_sets.py
     torch._dynamo.utils.counters.clear()
     for seed in (1, 2, 3, 1, 4):
         torch.compiler.cudagraph_mark_step_begin()
@@ -95,7 +95,11 @@ def test_cuda_graphs_of_a_compiled_call(device: str, kind: str, learned: bool) -
         assert_close(gradients(given), gradients(same))
     counters = torch._dynamo.utils.counters["inductor"]
     assert counters["cudagraph_skips"] == 0
-    assert counters["cudagraph_recorded_non_static_inputs"] > len(given), "weights, and the input"
+    copied = counters["cudagraph_recorded_non_static_inputs"]
+    if kind == "compiled":
+        assert copied > len(given), "weights, and the input"
+    elif not learned:
+        assert 0 < copied < len(given), "the input, once for each recording"
 
 
 @only_cuda
