@@ -361,6 +361,11 @@ def test_what_is_not_kept(
     assert not list(tmp_path.glob("*"))
 
 
+@torch._inductor.config.patch(fx_graph_cache=False)
+def test_nothing_is_kept_where_inductor_keeps_nothing(tmp_path: Path) -> None:
+    test_what_is_not_kept(MLP, {}, "caches of Inductor", tmp_path)
+
+
 def test_only_for_inductor(tmp_path: Path) -> None:
     with pytest.raises(fcall.errors.UncachedBackendError, match="backend='aot_eager'"):
         fcall.compile(MLP(), backend="aot_eager", cache=tmp_path)

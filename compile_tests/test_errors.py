@@ -481,6 +481,17 @@ CASES = [
         ],
     ),
     Case(
+        "StaticSetsError",
+        ValueError,
+        (-1, "with mode=None"),
+        [
+            "static_sets is how many sets of weights have a CUDA graph of their own: ",
+            "a number from 0, where CUDA graphs are recorded, ",
+            "as with backend='inductor' and mode='reduce-overhead'. ",
+            "It is -1, with mode=None. Leave it out, or ask for CUDA graphs.",
+        ],
+    ),
+    Case(
         "UncachedBackendError",
         ValueError,
         ("eager",),

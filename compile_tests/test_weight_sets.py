@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import inspect
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -286,6 +287,22 @@ def test_each_call_begins_a_generation(device: str, found: Recordings) -> None:
             kept.append(call.fn(given, call.x))
         assert GenerationTracker.generation > before
     assert len(found.forward) == 1
+
+
+def test_what_is_kept_on_disk(device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A later process knows, without a trace, where weights are read and which are written."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    module = Normed()
+    for kept in (False, True):
+        torch._dynamo.utils.counters.clear()
+        with recordings(device, cached=True) as found:
+            call = Call(module, device, static_sets=1, cache=tmp_path / "calls")
+            for seed in range(4):
+                call.check(call.values(seed))
+        assert (torch._dynamo.utils.counters["stats"]["unique_graphs"] == 0) is kept
+        assert len(found.forward) <= 2
+        assert found.not_static == {1}
+        assert found.weights_copied == 3 * len(call.values(0))
 
 
 @pytest.mark.parametrize(

@@ -37,8 +37,14 @@ class Recordings:
 
 
 @contextlib.contextmanager
-def recordings(device: str) -> Iterator[Recordings]:
-    """Have what is compiled with CUDA graphs in here be counted; on the CPU, as if on a GPU."""
+def recordings(device: str, *, cached: bool = False) -> Iterator[Recordings]:
+    """Have what is compiled with CUDA graphs in here be counted; on the CPU, as if on a GPU.
+
+    Args:
+        device: Where calls run.
+        cached: Whether Inductor may keep what it compiles on disk. Who says so sees to it that it
+            finds nothing there that was compiled outside of here.
+    """
     found = Recordings()
     copy_all = ahead.copy_all
 
@@ -59,7 +65,7 @@ def recordings(device: str) -> Iterator[Recordings]:
                 patch(output_code, name, _standing_in(found))
             patch(cudagraph_utils, "check_multiple_devices_or_any_cpu_nodes", lambda _: None)
             patch(weight_sets, "DEVICES", frozenset({"cpu"}))
-            stack.enter_context(config.patch(fx_graph_cache=False))
+            stack.enter_context(config.patch(fx_graph_cache=cached))
         torch.compiler.reset()
         yield found
 

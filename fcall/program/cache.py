@@ -81,8 +81,6 @@ class Cache:
         if found is None and ahead.compiled_calls().is_usual():
             path = self._path_for(frame, weights, args, kwargs)
             found = self._load(path, frame, variables) if path is not None else None
-            if found is not None:
-                frame.restore(found, None)
         if isinstance(found, Restored):
             return found(weights, args, kwargs)  # type: ignore[no-any-return]
         result = frame(weights, args, kwargs)
@@ -108,13 +106,16 @@ class Cache:
         return self._folder / f"{type(frame.module).__name__}-{key}.fcall"
 
     def _load(self, path: Path, frame: Frame, variables: dict[str, Any]) -> Compilation | None:
-        """Return what is kept for a call of ``frame`` with these arguments, if it may be used."""
+        """Return, and restore, what is kept for a call of ``frame`` with these arguments."""
         try:
             data = path.read_bytes()
         except OSError:
             return None
         try:
-            return self._restored(frame, variables, _unpacked(data, frame))
+            payload = _unpacked(data, frame)
+            found = self._restored(frame, variables, payload)
+            frame.restore(found, payload["written"])
+            return found
         except _StaleError as error:
             reason = str(error)
         except Exception as error:  # noqa: BLE001, whatever is not as it was
@@ -170,6 +171,8 @@ def _packed(frame: Frame, variables: dict[str, Any], trace: Trace) -> bytes:
         raise NotPortableError("it is for tensors of any size")
     if hooks_of(frame.module):
         raise NotPortableError("the module has hooks")
+    if getattr(trace.compiled, "serialize", None) is None:
+        raise NotPortableError("the caches of Inductor, which keep the same, are switched off")
     unknown = _globals_used(code) - {name, *trace.imports, *frame.globals, *vars(builtins)}
     unknown -= {trace.settings["name_of_builtins_dict_key_in_fglobals"]}
     if unknown:
@@ -189,6 +192,7 @@ def _packed(frame: Frame, variables: dict[str, Any], trace: Trace) -> bytes:
         "name": name,
         "compiled": torchs.dump(trace.compiled),
         "libraries": trace.libraries,
+        "written": None if frame.sets is None else frame.sets.written,
     }
     head = json.dumps(header).encode()
     body = len(head).to_bytes(8, "big") + head + pickle.dumps(payload)

@@ -52,16 +52,18 @@ class LeanInductor:
         inductor = self._lean if _is_all_of_torch(graph) else self._full
         if self._sets is None:
             return self._compile(inductor, graph, inputs)
-        with ahead.with_facts_of_graphs():
-            ahead.mark_static(graph, lambda source: WEIGHT.fullmatch(source) is not None)
-            compiled = self._compile(inductor, graph, inputs)
-            sources = ahead.written_sources(graph)
+        ahead.mark_static(graph, lambda source: WEIGHT.fullmatch(source) is not None)
+        compiled = self._compile(inductor, graph, inputs)
+        sources = ahead.written_sources(graph)
         self._sets.note_written(None if sources is None else _weights_among(sources))
         return compiled
 
     def _compile(self, inductor: Callable[..., Any], graph: GraphModule, inputs: Any) -> Any:
         if self._record is not None:
             return self._record.compile(inductor, graph, inputs)
+        if self._sets is not None:
+            with ahead.with_facts_of_graphs():
+                return inductor(graph, inputs)
         return inductor(graph, inputs)
 
     @property

@@ -53,7 +53,9 @@ class WeightSets:
         self._seen: dict[tuple[int, ...], None] = {}
         self._pool = BufferPool()
         self._lock = threading.Lock()
-        self._written: frozenset[int] | None = frozenset()
+        self.written: frozenset[int] | None = frozenset()
+        """The weights that compiled graphs write to in place, by their numbers; None if nobody
+        knows of one of them."""
 
     def call(
         self,
@@ -71,14 +73,14 @@ class WeightSets:
         """
         if self._is_static([*weights]):
             return run(weights)
-        return self._pool.call(run, weights, self._written if is_one_graph else None)
+        return self._pool.call(run, weights, self.written if is_one_graph else None)
 
     def note_written(self, numbers: Iterable[int] | None) -> None:
         """Take note of which weights a graph writes to in place; None if nobody knows."""
         with self._lock:
-            known = self._written
+            known = self.written
             if known is not None:
-                self._written = None if numbers is None else known.union(numbers)
+                self.written = None if numbers is None else known.union(numbers)
 
     def _is_static(self, weights: list[Tensor]) -> bool:
         known = self._static.get(weights[0].data_ptr(), ())
