@@ -33,7 +33,7 @@ FLOORS = [
     {"plan", "at_once"},
     {"eager", "given", "operator"},
     {"call"},
-    {"program", "substitute", "stateless", "func", "ensemble"},
+    {"compiled", "program", "substitute", "stateless", "func", "ensemble"},
     {"functorch", "patch"},
     {"fcall"},  # the face
     {"cli"},
@@ -104,7 +104,7 @@ def test_there_are_no_circles() -> None:
 
 def test_the_routes_do_not_know_each_other() -> None:
     for name in FILES:
-        others = {"operator", "eager", "program"} - {unit_of(name)}
+        others = {"operator", "eager", "compiled", "program"} - {unit_of(name)}
         known = {unit_of(imported) for imported in modules_of_fcall(tree_of(name))}
         if unit_of(name) not in ("call", "fcall"):
             assert not known & others, name

@@ -624,7 +624,7 @@ def test_without_a_private_name(name: str, monkeypatch: pytest.MonkeyPatch) -> N
     def missing() -> Any:
         raise fcall._torch.DynamoUnavailableError(name)
 
-    monkeypatch.setattr(fcall._torch.ahead, "compiled_calls", missing)
+    monkeypatch.setattr(fcall._torch.compiling, "compiled_calls", missing)
     module, x = EXAMPLES["MLP"]()
     p = state_of(module, seed=1)
     fn = fcall.compile(module, backend="aot_eager")

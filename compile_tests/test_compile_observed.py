@@ -16,7 +16,7 @@ from compile_tests.support.compiled import recording
 from compile_tests.support.fast import fast_call, route_of
 from compile_tests.support.models import MLP
 from compile_tests.support.oracle import assert_close, in_float64, loaded, state_of
-from fcall._torch import ahead
+from fcall._torch import compiling
 
 pytestmark = pytest.mark.compiled
 
@@ -53,7 +53,7 @@ def test_dynamo_does_not_compile_what_a_fast_call_runs() -> None:
 
     @torch._dynamo.disable(recursive=False)
     def between(p: dict[str, Tensor], x: Tensor) -> Tensor:
-        assert not ahead.compiled_calls().is_unobserved()
+        assert not compiling.compiled_calls().is_unobserved()
         return fn(p, x)
 
     @torch.compile(backend=backend)
@@ -69,7 +69,7 @@ def test_dynamo_does_not_compile_what_a_fast_call_runs() -> None:
 
 
 def test_it_is_unobserved_as_a_rule() -> None:
-    assert ahead.compiled_calls().is_unobserved()
+    assert compiling.compiled_calls().is_unobserved()
 
 
 class AppendsToAGlobal(nn.Module):

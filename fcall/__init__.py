@@ -3,16 +3,15 @@
 from fcall import errors, func, functorch, stateless
 from fcall.batch_norm import replace_all_batch_norm_modules_
 from fcall.call import functional_call
+from fcall.compiled import CompiledCall, compile
 from fcall.ensemble import Ensemble
 from fcall.meta import meta_copy
 from fcall.patch import patch_torch
 from fcall.program import (
-    CompiledCall,
     PackageInfo,
     Program,
     Runner,
     Signature,
-    compile,
     export,
     load,
     package,

@@ -16,8 +16,8 @@ from unittest import mock
 import torch
 from torch._inductor import config, cudagraph_trees, cudagraph_utils, output_code
 
-from fcall._torch import ahead
-from fcall.program import weight_sets
+from fcall._torch import cuda_graphs
+from fcall.compiled import weight_sets
 
 
 @dataclass
@@ -46,7 +46,7 @@ def recordings(device: str, *, cached: bool = False) -> Iterator[Recordings]:
             finds nothing there that was compiled outside of here.
     """
     found = Recordings()
-    copy_all = ahead.copy_all
+    copy_all = cuda_graphs.copy_all
 
     def count_copies(to: list[Any], tensors: list[Any]) -> None:
         found.weights_copied += len(to)
@@ -57,7 +57,7 @@ def recordings(device: str, *, cached: bool = False) -> Iterator[Recordings]:
         def patch(where: Any, name: str, replacement: Any) -> None:
             stack.enter_context(mock.patch.object(where, name, replacement))
 
-        patch(ahead, "copy_all", count_copies)
+        patch(cuda_graphs, "copy_all", count_copies)
         if device == "cuda":
             patch(cudagraph_trees.CUDAGraphNode, "__init__", _counting_nodes(found))
         else:

@@ -1,16 +1,12 @@
-"""Calls prepared ahead of time: compiled, traced, exported, packaged.
+"""Calls as graphs to keep: traced, exported, packaged.
 
 =====================  ============================================================================
-``compile``            ``compile``; then ``fast`` (what a call checks), ``frames`` and ``traced``
-                       (what Dynamo compiles, and how it traces that), ``structure``, ``inductor``;
-                       on disk: ``cache``, ``record``, ``sources``
 ``trace``, ``export``  ``caller`` (the module as torch.export is to see it), ``exported`` (from its
                        programs to flat graphs, and back), ``signature``, ``program``, ``derived``
 ``package``, ``load``  ``archive`` (what is kept in the file), ``graph_call``, ``info``
 =====================  ============================================================================
 """
 
-from fcall.program.compile import CompiledCall, compile
 from fcall.program.export import export
 from fcall.program.info import PackageInfo, package_info
 from fcall.program.package import Runner, load, package
@@ -19,13 +15,11 @@ from fcall.program.signature import Input, Signature
 from fcall.program.trace import trace
 
 __all__ = [
-    "CompiledCall",
     "Input",
     "PackageInfo",
     "Program",
     "Runner",
     "Signature",
-    "compile",
     "export",
     "load",
     "package",

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 from torch.fx import GraphModule
 
-from fcall._torch import ahead
+from fcall._torch import compiling
 
 __all__ = ["Record", "Trace"]
 
@@ -49,7 +49,7 @@ class Record(threading.local):
         self, inductor: Callable[[GraphModule, Any], Any], graph: GraphModule, inputs: Sequence[Any]
     ) -> Any:
         """Return what ``inductor`` makes of a graph, in a form that can be kept."""
-        torchs = ahead.artifacts()
+        torchs = compiling.artifacts()
         before = set(torchs.libraries)
         with torchs.to_be_dumped():
             compiled = inductor(graph, inputs)
@@ -103,7 +103,7 @@ def _without_references(create: Callable[..., None]) -> Callable[..., None]:
 
 
 def _libraries(keys: Iterable[str]) -> Iterator[tuple[str, bytes]]:
-    folder = Path(ahead.artifacts().cache_dir())
+    folder = Path(compiling.artifacts().cache_dir())
     for key in keys:
         for path in (folder / key[1:3]).glob(f"{key}.*so"):
             yield str(path.relative_to(folder)), path.read_bytes()

@@ -20,8 +20,8 @@ from typing import Any
 
 from torch import Tensor
 
-from fcall._torch import ahead
-from fcall.program.buffers import BufferPool, can_be_copied
+from fcall._torch import cuda_graphs
+from fcall.compiled.buffers import BufferPool, can_be_copied
 
 __all__ = ["STATIC_SETS", "WeightSets", "weight_sets"]
 
@@ -101,7 +101,7 @@ class WeightSets:
                     del self._seen[oldest]
                 return False
             others = self._static.get(addresses[0], ())
-            self._static[addresses[0]] = (*others, ahead.address_check(addresses))
+            self._static[addresses[0]] = (*others, cuda_graphs.address_check(addresses))
             self._static_count += 1
             return True
 

@@ -7,10 +7,10 @@ from typing import Any
 
 from torch.fx import GraphModule
 
-from fcall._torch import ahead
-from fcall.program.frames import WEIGHT
-from fcall.program.record import Record
-from fcall.program.weight_sets import WeightSets
+from fcall._torch import compiling, cuda_graphs
+from fcall.compiled.frames import WEIGHT
+from fcall.compiled.record import Record
+from fcall.compiled.weight_sets import WeightSets
 
 __all__ = ["LeanInductor"]
 
@@ -44,17 +44,17 @@ class LeanInductor:
         self._record, self._sets = record, sets
         self.settings = f"{mode} {sorted((options or {}).items())} {dynamic}"
         """A text that tells these from others."""
-        self._full = ahead.inductor(mode, options, dynamic)
-        self._lean = ahead.inductor(mode, options, dynamic)
+        self._full = compiling.inductor(mode, options, dynamic)
+        self._lean = compiling.inductor(mode, options, dynamic)
         self._lean.apply_options({OPTION: False})  # type: ignore[attr-defined]
 
     def __call__(self, graph: GraphModule, inputs: Any) -> Any:
         inductor = self._lean if _is_all_of_torch(graph) else self._full
         if self._sets is None:
             return self._compile(inductor, graph, inputs)
-        ahead.mark_static(graph, lambda source: WEIGHT.fullmatch(source) is not None)
+        cuda_graphs.mark_static(graph, lambda source: WEIGHT.fullmatch(source) is not None)
         compiled = self._compile(inductor, graph, inputs)
-        sources = ahead.written_sources(graph)
+        sources = cuda_graphs.written_sources(graph)
         self._sets.note_written(None if sources is None else _weights_among(sources))
         return compiled
 
@@ -62,14 +62,14 @@ class LeanInductor:
         if self._record is not None:
             return self._record.compile(inductor, graph, inputs)
         if self._sets is not None:
-            with ahead.with_facts_of_graphs():
+            with cuda_graphs.with_facts_of_graphs():
                 return inductor(graph, inputs)
         return inductor(graph, inputs)
 
     @property
     def records_cuda_graphs(self) -> bool:
         """Whether calls are recorded as CUDA graphs, where they run on a GPU."""
-        return bool(self.patches.get(CUDA_GRAPHS, ahead.inductor_setting(CUDA_GRAPHS)))
+        return bool(self.patches.get(CUDA_GRAPHS, cuda_graphs.inductor_setting(CUDA_GRAPHS)))
 
     @property
     def patches(self) -> dict[str, Any]:

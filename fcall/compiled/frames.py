@@ -25,13 +25,13 @@ import torch
 from torch import Tensor, nn
 
 from fcall import _torch
-from fcall._torch import ahead
+from fcall._torch import compiling
 from fcall.binding import Binding
 from fcall.call import functional_call
+from fcall.compiled.record import Record
+from fcall.compiled.structure import hooks_of, same_hooks
+from fcall.compiled.weight_sets import WeightSets
 from fcall.plan import binding_for, plan_for
-from fcall.program.record import Record
-from fcall.program.structure import hooks_of, same_hooks
-from fcall.program.weight_sets import WeightSets
 
 __all__ = ["Compilation", "Compile", "Frame", "Names", "as_plain"]
 
@@ -88,7 +88,7 @@ class Frame:
         self.slots, self.index = names.slots, names.index
         self.binding = binding_for(module, tuple(self.slots), tie_weights=True, strict=False)
         self.hooks = hooks_of(module)
-        self.accepts = ahead.compiled_calls().tensor_check(weights, [])
+        self.accepts = compiling.compiled_calls().tensor_check(weights, [])
         slots, index = tuple(self.slots), tuple(self.index)
         from fcall.at_once import Placement, substitute_op
 
@@ -98,7 +98,7 @@ class Frame:
 
         @_torch.evaluated_while_tracing
         def at_once() -> bool:
-            ahead.choose_guards_of_this_trace(self._needed)
+            compiling.choose_guards_of_this_trace(self._needed)
             if placement.is_possible:  # else functional_call does the same
                 _torch.allow_rnns_in_this_trace()
                 _torch.give_zero_tangents_storage_in_this_trace()
@@ -187,7 +187,7 @@ class Frame:
 
     def compilations(self) -> list[Compilation]:
         """Return what Dynamo has compiled, the latest used first, and what others have."""
-        entries = ahead.compiled_calls().entries_of(self._call.__code__)
+        entries = compiling.compiled_calls().entries_of(self._call.__code__)
         count = len(self._call.__code__.co_freevars)
         compiled = [
             Compilation(guards, self.function(code, self._call.__globals__))
@@ -262,7 +262,7 @@ WEIGHT = re.compile(r"L\['weights'\]\[(\d+)\]")
 """The source of a weight itself, with its number."""
 
 CHECKED = {"AUTOGRAD_SAVED_TENSORS_HOOKS"}
-"""Kinds of guards that take long, on what calls are checked for: ``is_plain`` of ``ahead``."""
+"""Kinds of guards that take long, on what calls are checked for: ``is_plain`` of ``compiling``."""
 
 OWN_GLOBALS = "['__import_fcall_dot_"
 """In the sources of fcall's own functions and constants, which stay as they are."""
@@ -283,7 +283,7 @@ class Compilation:
     def __init__(self, guards: Any, run: FunctionType) -> None:
         self._guards = guards
         self._check = guards.root.check
-        calls = ahead.compiled_calls()
+        calls = compiling.compiled_calls()
         self._is_unobserved, self._undo_transforms = calls.is_unobserved, calls.undo_transforms
         self._begin = calls.begin
         self.run, self._unobserved = run, calls.unobserved(run)

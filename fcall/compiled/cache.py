@@ -10,7 +10,7 @@ what is compared with the process before     how
 the bytes of the file                        a digest
 versions, device, settings of the compiler   :func:`_environment`
 how the module is built, what names mean     :func:`_structure`; a module with hooks is not kept
-the code that the trace read                 :func:`fcall.program.sources.digest_of_modules`
+the code that the trace read                 :func:`fcall.compiled.sources.digest_of_modules`
 weights, inputs, other arguments, modes      the name of the file: another kind, another file
 all else that Dynamo guards: attributes,     the guards are made anew, on what is here now: the
 globals, closures, constants, functions      text of each has to be what it was, with functions
@@ -45,13 +45,13 @@ import torch
 from torch import Tensor, nn
 
 from fcall import _torch, errors
-from fcall._torch import ahead
+from fcall._torch import compiling
+from fcall.compiled.frames import Compilation, Frame, Result
+from fcall.compiled.inductor import LeanInductor
+from fcall.compiled.record import Trace
+from fcall.compiled.sources import NotPortableError, digest_of_modules, modules_of, portable
+from fcall.compiled.structure import hooks_of
 from fcall.passes import STORES
-from fcall.program.frames import Compilation, Frame, Result
-from fcall.program.inductor import LeanInductor
-from fcall.program.record import Trace
-from fcall.program.sources import NotPortableError, digest_of_modules, modules_of, portable
-from fcall.program.structure import hooks_of
 
 __all__ = ["Cache"]
 
@@ -78,7 +78,7 @@ class Cache:
         variables = {**frame.scope, "weights": weights, "args": args, "kwargs": kwargs}
         found = next((known for known in frame.compilations() if known.holds(variables)), None)
         path = None
-        if found is None and ahead.compiled_calls().is_usual():
+        if found is None and compiling.compiled_calls().is_usual():
             path = self._path_for(frame, weights, args, kwargs)
             found = self._load(path, frame, variables) if path is not None else None
         if isinstance(found, Restored):
@@ -93,7 +93,7 @@ class Cache:
     ) -> Path | None:
         """Return where a call like this is kept, or None if such calls are not."""
         try:
-            torchs = ahead.artifacts()
+            torchs = compiling.artifacts()
             leaves, spec = _torch.pytree.tree_flatten((args, kwargs))
             parts: list[Any] = [_name(type(frame.module)), frame.method, frame.slots, frame.index]
             parts += [self._inductor.settings, str(spec), torchs.global_state()]
@@ -139,7 +139,7 @@ class Cache:
     def _restored(
         self, frame: Frame, variables: dict[str, Any], payload: dict[str, Any]
     ) -> Compilation:
-        torchs = ahead.artifacts()
+        torchs = compiling.artifacts()
         guards = _Guards(frame, variables, payload["recipe"])
         for before, now in itertools.zip_longest(payload["text"], guards.text):
             if before != now:
@@ -161,7 +161,7 @@ class Cache:
 
 def _packed(frame: Frame, variables: dict[str, Any], trace: Trace) -> bytes:
     """Return the bytes of a file."""
-    torchs = ahead.artifacts()
+    torchs = compiling.artifacts()
     held = [known for known in frame.compilations() if known.holds(variables)]
     if not held:
         raise NotPortableError("the module breaks the graph")
@@ -246,7 +246,7 @@ class _Guards:
         modules = {key: importlib.import_module(name) for key, name in recipe["imports"].items()}
         self.globals = {**frame.globals, **modules, "__builtins__": vars(builtins)}
         self.globals[settings["name_of_builtins_dict_key_in_fglobals"]] = vars(builtins)
-        self.manager = ahead.artifacts().build_guards(
+        self.manager = compiling.artifacts().build_guards(
             frame.code, (variables, self.globals), recipe["guards"], settings
         )
         self.alive: list[Any] = []
@@ -282,7 +282,7 @@ def _environment() -> dict[str, str]:
         "precision": f"{torch.get_float32_matmul_precision()} {torch.backends.mkldnn.enabled}",
         "cuDNN": f"{torch.backends.cudnn.enabled} {torch.backends.cudnn.benchmark}",
         "GPU": f"{torch.cuda.get_device_properties()} {torch.version.cuda}" if cuda else "none",
-        **{name: _text(value) for name, value in ahead.artifacts().settings().items()},
+        **{name: _text(value) for name, value in compiling.artifacts().settings().items()},
     }
 
 

@@ -1,7 +1,7 @@
 """How a module is built, and a check that it has stayed so.
 
 Dynamo guards what a trace read of a module, but for two things: its hooks (torch skips guards on
-them, to save time), and, in the frames of :mod:`fcall.program.frames`, which slots a name stands
+them, to save time), and, in the frames of :mod:`fcall.compiled.frames`, which slots a name stands
 for. Both depend on nothing but dicts of the submodules: those of parameters, buffers, submodules
 and hooks. A dict has a version that changes whenever it is written to. So a call compares versions,
 at some 20 ns a dict, and looks at the contents only after one has changed.
@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fcall._torch import ahead
+from fcall._torch import compiling
 from fcall.passes import STORES
 
 __all__ = ["Hooks", "Watch", "hooks_of", "same_hooks"]
@@ -68,7 +68,7 @@ class Watch:
         return True
 
     def _take_versions(self) -> tuple[Callable[[Any], bool], Callable[[Any], bool]]:
-        check = ahead.compiled_calls().version_check
+        check = compiling.compiled_calls().version_check
         return check(self._dicts), check(self._owners)
 
     def _dicts_now(self) -> tuple[Any, ...]:

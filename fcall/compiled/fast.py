@@ -7,16 +7,16 @@ this order; where a check fails the call takes the guarded route, through Dynamo
 =============================================  ==================================================
 what could change                              where it is checked
 =============================================  ==================================================
-a trace or a transform of torch.func around    ``is_plain`` of ``ahead.compiled_calls``
+a trace or a transform of torch.func around    ``is_plain`` of ``compiling.compiled_calls``
 the call, forward-mode AD, a dispatch mode,
 hooks on saved tensors
-``torch.compiler.set_stance``                  ``is_usual`` of ``ahead.compiled_calls``
+``torch.compiler.set_stance``                  ``is_usual`` of ``compiling.compiled_calls``
 the names given                                :attr:`Names.count` and ``weights_of``
 tied names with different values               :attr:`Names.same`
 class, dtype, device, sizes, strides and       ``_tensors``, torch's own check of tensors, on the
 ``requires_grad`` of each weight; inference    weights, what is kept of the module's own tensors,
 mode; one tensor in two places                 and the inputs
-what a name stands for, ties, submodules,      :class:`fcall.program.structure.Watch`
+what a name stands for, ties, submodules,      :class:`fcall.compiled.structure.Watch`
 hooks
 sizes of inputs, all other arguments,          Dynamo's guards, :meth:`Compilation.holds`: all but
 attributes of the module, globals and          those on the weights and those on what ``Watch``
@@ -26,6 +26,7 @@ default dtype and device, threads, modes of
 torch functions
 what guards know by its id was freed; all      :meth:`Compilation.holds`; those read from disk,
 compilations were reset                        guarded all the same, outlive a reset
+the addresses of weights, for CUDA graphs      :class:`fcall.compiled.weight_sets.WeightSets`
 =============================================  ==================================================
 
 Nothing of a module is written in a fast call, but by code of its own.
@@ -40,9 +41,9 @@ import torch
 from torch import Tensor, nn
 
 from fcall import _torch
-from fcall._torch import ahead
-from fcall.program.frames import Compilation, Frame, Names
-from fcall.program.structure import Watch
+from fcall._torch import compiling
+from fcall.compiled.frames import Compilation, Frame, Names
+from fcall.compiled.structure import Watch
 
 __all__ = ["MISS", "FastRoute", "tensors_in"]
 
@@ -75,7 +76,7 @@ class FastRoute:
         self._count = names.count
         self._kept = tuple(kept)
         self._input_count = len(inputs)
-        calls = ahead.compiled_calls()
+        calls = compiling.compiled_calls()
         self._is_plain, self._is_usual = calls.is_plain, calls.is_usual
         self._tensors = calls.tensor_check([*weights, *kept], inputs)
         self._unchanged = Watch(module).unchanged

@@ -12,17 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from fcall import _torch, errors, routes
-from fcall._torch import ahead
+from fcall._torch import compiling
 from fcall.call import functional_call
+from fcall.compiled.cache import Cache
+from fcall.compiled.fast import MISS, FastRoute, tensors_in
+from fcall.compiled.frames import Compile, Frame, Names, Result, as_plain
+from fcall.compiled.inductor import OPTION, LeanInductor
+from fcall.compiled.record import Record
+from fcall.compiled.structure import Hooks, hooks_of, same_hooks
+from fcall.compiled.weight_sets import STATIC_SETS, WeightSets, weight_sets
 from fcall.given import Weights, merge, prepare, write_back
 from fcall.plan import binding_for
-from fcall.program.cache import Cache
-from fcall.program.fast import MISS, FastRoute, tensors_in
-from fcall.program.frames import Compile, Frame, Names, Result, as_plain
-from fcall.program.inductor import OPTION, LeanInductor
-from fcall.program.record import Record
-from fcall.program.structure import Hooks, hooks_of, same_hooks
-from fcall.program.weight_sets import STATIC_SETS, WeightSets, weight_sets
 
 __all__ = ["CompiledCall", "compile"]
 
@@ -34,7 +34,7 @@ class CompiledCall:
     """What :func:`compile` returns: a module compiled as a function of its weights.
 
     A call takes one of two routes, and :func:`fcall.record_routes` tells which: *fast*
-    (:mod:`fcall.program.fast`), if what it depends on is as it was in an earlier call, else
+    (:mod:`fcall.compiled.fast`), if what it depends on is as it was in an earlier call, else
     *guarded*: through Dynamo, which compiles what is not compiled yet.
     """
 
@@ -185,7 +185,7 @@ class _AsGiven:
 def _against_frames(inputs: list[Tensor] | None) -> str:
     """Return why a call has to be compiled as it is given, or an empty string."""
     try:
-        calls = ahead.compiled_calls()
+        calls = compiling.compiled_calls()
         _torch.dynamo()
     except _torch.DynamoUnavailableError as error:
         return f"torch {torch.__version__} lacks what fast calls need: {error}"

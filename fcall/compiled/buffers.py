@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fcall._torch import ahead
+from fcall._torch import cuda_graphs
 
 __all__ = ["BufferPool", "can_be_copied"]
 
@@ -42,7 +42,7 @@ class Buffers:
         for number, weight in enumerate(weights):
             by_dtype.setdefault(weight.dtype, []).append(number)
         self._groups = [([self.tensors[i] for i in of], of) for of in by_dtype.values()]
-        self._users = ahead.storage_users(storage)
+        self._users = cuda_graphs.storage_users(storage)
         self._alone = self._users()
 
     def are_free(self) -> bool:
@@ -61,7 +61,7 @@ class Buffers:
         """Copy ``weights``, those of one dtype in one kernel."""
         with torch.no_grad():
             for own, numbers in self._groups:
-                ahead.copy_all(own, [weights[i] for i in numbers])
+                cuda_graphs.copy_all(own, [weights[i] for i in numbers])
 
 
 class _Copy(torch.autograd.Function):
@@ -133,7 +133,7 @@ def can_be_copied(weights: Sequence[Tensor]) -> bool:
         weight.layout is torch.strided
         and not weight.is_conj()
         and not weight.is_neg()
-        and not ahead.overlaps_itself(weight)
+        and not cuda_graphs.overlaps_itself(weight)
         for weight in weights
     )
 
