@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from perf import bench
+from perf import bench, ceilings, kernels, peers, table, timing
 from perf.__main__ import QUESTIONS
 from perf.check import differences
 
@@ -19,6 +20,7 @@ from perf.check import differences
 os.environ.pop("CUDA_VISIBLE_DEVICES", None)
 
 COMMON = {"panel", "n", "contender", "median", "low", "high", "ratio", "off_by"}
+BESIDE_CEILINGS = {"tflops", "tbytes", "bound", "gap"}
 
 
 @pytest.mark.compiled
@@ -27,7 +29,7 @@ COMMON = {"panel", "n", "contender", "median", "low", "high", "ratio", "off_by"}
 def test_a_question(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     question = importlib.import_module(f"perf.{name}")
     record = question.main(quick=True)
-    assert record.keys() == {"question", "axis", "unit", "rows"}
+    assert record.keys() - {"ceilings"} == {"question", "axis", "unit", "rows"}
     assert record["question"] in question.__doc__
     assert record["question"].endswith("?")
     assert "torch.func / this" in capsys.readouterr().out.replace("\n", "")
@@ -41,6 +43,12 @@ def test_a_question(name: str, capsys: pytest.CaptureFixture[str]) -> None:
         assert kinds & {"fcall", "fcall.compile"}
     for row in rows:
         assert row.keys() >= COMMON
+        assert not row.keys() & {"absent", "failed"}, row
+        if "ceilings" in record:
+            assert row.keys() >= BESIDE_CEILINGS
+            if row["contender"] in bench.TAKEN_APART:
+                assert row["host"] > 0 < row["device"]
+                assert row["kernels"] or row["gap"] < bench.GAP
         # A time above the plain module's can come out negative, in a run as short as this.
         assert row["low"] <= row["median"] <= row["high"]
         if "without a lock" not in row["contender"]:  # which is there since it is wrong
@@ -54,7 +62,7 @@ def test_a_question(name: str, capsys: pytest.CaptureFixture[str]) -> None:
 )
 def test_the_device(name: str, there: bool, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
-    assert bench.device(name).type == expected
+    assert timing.device(name).type == expected
 
 
 @pytest.mark.parametrize(
@@ -64,7 +72,7 @@ def test_the_device(name: str, there: bool, expected: str, monkeypatch: pytest.M
 def test_a_device_that_is_not_there(name: str, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match=says):
-        bench.device(name)
+        timing.device(name)
 
 
 def test_every_file_with_a_question_is_asked() -> None:
@@ -98,7 +106,7 @@ def test_wrong_results_are_seen() -> None:
         bench.difference(one, one[:1])
 
 
-@pytest.mark.skipif(bench.DEVICE.type == "cuda", reason="the GPU's allocator rounds up")
+@pytest.mark.skipif(timing.DEVICE.type == "cuda", reason="the GPU's allocator rounds up")
 def test_the_peak_of_memory() -> None:
     def call() -> None:
         first = torch.ones(1000)
@@ -106,7 +114,122 @@ def test_the_peak_of_memory() -> None:
         del first
         second + 1
 
-    assert bench.peak_bytes(call) == pytest.approx(8000, abs=64)  # and the scalars
+    assert timing.peak_bytes(call) == pytest.approx(8000, abs=64)  # and the scalars
+
+
+def _measured(**contenders: Any) -> dict[str, dict[str, Any]]:
+    rows = bench.measure(contenders, panel="p", n=1, quick=True)
+    return {row["contender"]: row for row in rows}
+
+
+def _raises(error: Exception) -> Any:
+    def call() -> Any:
+        raise error
+
+    return call
+
+
+def test_the_others_are_measured_where_one_cannot_be() -> None:
+    one = torch.ones(3)
+    rows = _measured(
+        first=_raises(RuntimeError("out of memory\nmore")),
+        second=lambda: one,
+        third=lambda: one + 1,
+    )
+    assert rows["first"] == {
+        "panel": "p",
+        "n": 1,
+        "contender": "first",
+        "failed": "RuntimeError: out of memory",
+    }
+    assert rows["second"]["median"] > 0
+    assert "failed" not in rows["second"]
+    assert rows["third"]["failed"] == "its results are off by 1"
+    with pytest.raises(KeyError):  # a bug of the benchmark's own
+        _measured(first=_raises(KeyError()))
+
+
+def test_a_peer_that_is_not_installed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for module in ("jax", "tensordict", "perf.with_jax", "perf.with_tensordict"):
+        monkeypatch.setitem(sys.modules, module, None)
+    for peer, what, name in [
+        ("JAX", "maml", "JAX, compiled"),
+        ("tensordict", "compiled", "tensordict, compiled"),
+        ("tensordict", "eager", "tensordict"),
+    ]:
+        rows = _measured(**peers.ask(peer, what), other=lambda: torch.ones(1))
+        assert peer.lower() in rows[name]["absent"]
+        assert rows["other"]["median"] > 0
+        record = bench.record("Why?", "n", list(rows.values()))
+        assert len(record["rows"]) == 2
+        assert f"absent: p, 1: {name}: " in capsys.readouterr().out
+
+
+def _measure_and_fail() -> None:
+    _measured(one=lambda: torch.ones(1))
+    raise KeyError
+
+
+def test_what_is_measured_is_kept_although_the_run_is_cut_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "RESULTS", tmp_path)
+    kept = tmp_path / "why.so-far.jsonl"
+    with pytest.raises(KeyError), bench.kept_so_far("why"):
+        _measure_and_fail()
+    measured_on, row = map(json.loads, kept.read_text().splitlines())
+    assert measured_on["torch"] == torch.__version__
+    assert row["contender"] == "one"
+    with bench.kept_so_far("why"):
+        pass
+    assert not kept.exists()
+
+
+def test_work_beside_the_ceilings() -> None:
+    limits = ceilings.Ceilings("float32", flops=1e12, bytes=1e9)
+    a, b = torch.ones(10, 20), torch.ones(20, 30)
+    work = limits.work(lambda: a @ b, a, {"b": b})
+    assert (work.flops, work.bytes) == (2 * 10 * 20 * 30, 4 * (200 + 600))
+    rates = work.rates(us=6.4)
+    assert rates["tflops"] == pytest.approx(12000 / 6.4e-6 / 1e12)
+    assert (rates["bound"], rates["gap"]) == ("byte", pytest.approx(0.5))
+    by_products = ceilings.Work(10**7, 1, limits).rates(us=10)
+    assert (by_products["bound"], by_products["gap"]) == ("FLOP", pytest.approx(0))
+
+
+def test_ceilings_are_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    ceilings.show(quick=True)
+    out = capsys.readouterr().out
+    assert "bfloat16" in out
+    assert "TB/s" in out
+
+
+@pytest.mark.skipif(timing.DEVICE.type == "cuda", reason="kernels have other names there")
+def test_kernels_of_a_call(capsys: pytest.CaptureFixture[str]) -> None:
+    a = torch.ones(64, 64)
+    found = kernels.of(lambda: (a @ a).relu().relu())
+    assert {k["name"]: k["count"] for k in found}["aten::relu"] == 2
+    assert sum(k["share"] for k in found) == pytest.approx(1)
+    assert [k["us"] for k in found] == sorted((k["us"] for k in found), reverse=True)
+    kernels.show("Where?", found)
+    assert "aten::relu" in capsys.readouterr().out
+
+
+def test_a_table_without_rich(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for module in ("rich", "rich.console", "rich.table"):
+        monkeypatch.setitem(sys.modules, module, None)
+    table.show("Title", ["", "us"], [["long name", "1"], ["a", "1000"]])
+    assert capsys.readouterr().out.splitlines() == [
+        "Title",
+        "             us",
+        "---------  ----",
+        "long name     1",
+        "a          1000",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -133,6 +256,7 @@ def test_each_record_is_drawn(tmp_path: Path) -> None:
 
     row = {"panel": "p; n: depth", "contender": "fcall", "median": 2.0, "low": 1.0, "high": 3.0}
     rows = [row | {"n": n} for n in (1, 10)]
+    rows.append({"panel": "p; n: depth", "contender": "JAX", "n": 1, "absent": "no JAX"})
     record = {"question": "Why?", "axis": "parameters", "unit": "us", "rows": rows}
     (tmp_path / "why.json").write_text(json.dumps(record))
     (image,) = plots.main(tmp_path, tmp_path / "images")

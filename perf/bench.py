@@ -6,56 +6,46 @@ A row of a record holds one contender at one size: the keys of :data:`Row`, in a
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
-import gc
 import json
 import os
 import platform
 import statistics
 import subprocess
+import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib import metadata
 from operator import sub, truediv
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler says on stderr when it starts
-
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from perf import kernels, table
+from perf.ceilings import Ceilings, Work
+from perf.peers import Absent
+from perf.timing import DEVICE, Contenders, host_us, interleaved, peak_bytes
 
-def device(name: str) -> torch.device:
-    """Return the device called ``name``; of an empty name, the GPU if there is one."""
-    there = torch.cuda.is_available()
-    if name not in ("", "cpu", "cuda"):
-        raise SystemExit(f"perf: the device is cpu or cuda, not {name!r}")
-    if name == "cuda" and not there:
-        build = torch.version.cuda and f"for CUDA {torch.version.cuda}"
-        raise SystemExit(
-            "perf: cuda was asked for, but torch sees no CUDA device: "
-            f"torch {torch.__version__} was built {build or 'without CUDA'}"
-        )
-    return torch.device(name or ("cuda" if there else "cpu"))
-
-
-DEVICE = device(os.environ.get("PERF_DEVICE", ""))
 FOLDER = "cuda" if DEVICE.type == "cuda" else ""
 """Where in the folders of results and of plots those of this device are."""
-RESULTS = Path(__file__).parent / "results" / FOLDER
-
-Contenders = Mapping[str, Callable[[], Any]]
-"""What to call, by name. Ratios of ``"X, compiled"`` and ``"fcall.compile"`` are to
-``"torch.func, compiled"``."""
+RESULTS = Path(os.environ.get("PERF_RESULTS") or Path(__file__).parent / "results" / FOLDER)
+"""Where records are written: there, or in a folder of one's own, and then nothing is drawn."""
 
 Row = dict[str, Any]
 """``panel`` and ``n``: where it was measured; ``contender``; ``median``, ``low``, ``high``: time a
 call; ``ratio``: how many times the time of torch.func is its own; ``peak_bytes``: of new tensors,
 at the worst moment of a call; ``off_by``: the largest relative difference of its results from those
-of the first contender. Of some questions more: see :data:`OPTIONAL`."""
+of the first contender. Of some questions more: see :data:`OPTIONAL`. In place of figures there is
+``absent`` or ``failed``: why there are none. Ratios of ``"X, compiled"`` and ``"fcall.compile"``
+are to ``"torch.func, compiled"``."""
+
+TAKEN_APART = ("module, compiled", "fcall.compile")
+GAP = 0.2
+"""Of which contenders the kernels are listed, where they are so far from the device's ceiling."""
 
 
 def measure(
@@ -68,6 +58,8 @@ def measure(
     memory: bool = True,
     rounds: int = 15,
     seconds: float = 0.02,
+    tolerance: float = 1e-3,
+    work: Work | None = None,
 ) -> list[Row]:
     """Time ``contenders`` in turns, so that what disturbs the machine disturbs all of them.
 
@@ -80,33 +72,64 @@ def measure(
         memory: Whether to measure the peak of memory.
         rounds: How many turns each has.
         seconds: How long a turn is, about.
+        tolerance: A contender whose ``off_by`` is more has failed.
+        work: What a call must do at least, to compare it with what the device can do.
     """
-    results = {name: call() for name, call in contenders.items()}
-    reference = next(iter(results.values()))
-    off_by = {name: difference(result, reference) for name, result in results.items()}
-    del results, reference
-    peaks: dict[str, int | None] = dict.fromkeys(contenders)
+    start = time.perf_counter()
+    extra, problems = _compared(contenders, tolerance)
+    there = {name: contenders[name] for name in extra}
     if memory:  # nothing is seen of that of JAX
-        peaks = {name: peak_bytes(call) or None for name, call in contenders.items()}
-    times = interleaved(
-        contenders, rounds=3 if quick else rounds, seconds=0.001 if quick else seconds
-    )
-    extra = {name: {"peak_bytes": peaks[name], "off_by": off_by[name]} for name in contenders}
-    return rows_of(times, panel=panel, n=n, above=above, extra=extra)
+        for name, call in there.items():
+            extra[name]["peak_bytes"] = peak_bytes(call) or None
+    times = interleaved(there, rounds=3 if quick else rounds, seconds=0.001 if quick else seconds)
+    rows = rows_of(times, panel=panel, n=n, above=above, extra=extra)
+    if work:
+        rows = [row | _beside(work, row, there[row["contender"]], quick) for row in rows]
+    for name, problem in problems.items():
+        rows.append({"panel": panel, "n": n, "contender": name, **problem})
+    _keep(rows)
+    taken = time.perf_counter() - start
+    print(f"  {panel}, {n}: {len(there)} contenders in {taken:.0f} s", file=sys.stderr, flush=True)
+    return rows
 
 
-def interleaved(contenders: Contenders, *, rounds: int, seconds: float) -> dict[str, list[float]]:
-    """Return for each of ``contenders`` its times, in microseconds, one for each round."""
-    calls = {}
+def _compared(
+    contenders: Contenders, tolerance: float
+) -> tuple[dict[str, Row], dict[str, dict[str, str]]]:
+    """Call each once; return how far off those are that work, and why the others do not."""
+    extra: dict[str, Row] = {}
+    problems = {}
+    reference = None
     for name, call in contenders.items():
-        for _ in range(2):
-            call()
-        calls[name] = max(1, round(seconds / _seconds(call, 1)))
-    taken: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(rounds):
-        for name, call in contenders.items():
-            taken[name].append(_seconds(call, calls[name]) / calls[name] * 1e6)
-    return taken
+        try:
+            result = call()
+        except Absent as error:
+            problems[name] = {"absent": str(error)}
+            continue
+        except RuntimeError as error:  # of a compiler, or of memory: the others can be measured
+            lines = str(error).strip().splitlines() or [""]
+            problems[name] = {"failed": f"{type(error).__name__}: {lines[0]}"}
+            continue
+        reference = result if reference is None else reference
+        off_by = difference(result, reference)
+        extra[name] = {"off_by": off_by}
+        if not off_by <= tolerance:
+            extra[name]["failed"] = f"its results are off by {off_by:.2g}"
+    return extra, problems
+
+
+def _beside(work: Work, row: Row, call: Callable[[], Any], quick: bool) -> Row:
+    """Return what is compared with the device's ceilings, and the kernels where it is far off."""
+    found = work.rates(row["median"])
+    taken_apart = row["contender"] in TAKEN_APART
+    if DEVICE.type == "cpu" and not (quick and taken_apart):  # quick: to see that it runs
+        return found
+    found["host"] = host_us(call, 3 if quick else 10)
+    of_call = kernels.of(call)
+    found["device"] = kernels.device_us(of_call) or None
+    if taken_apart and found["gap"] > GAP:
+        found["kernels"] = of_call[: kernels.KEPT]
+    return found
 
 
 def rows_of(
@@ -122,14 +145,16 @@ def rows_of(
     Differences and ratios are taken round by round, and then the median: what slows the machine
     down for some rounds slows all contenders down.
     """
-    base = times[above] if above else ()
+    base = times.get(above or "", ())
     rows = []
     for name, taken in times.items():
         low, median, high = statistics.quantiles(taken, n=4)
-        its = times["torch.func, compiled" if "compile" in name else "torch.func"]
+        its = times.get("torch.func, compiled" if "compile" in name else "torch.func")
         row = {"panel": panel, "n": n, "contender": name}
         row |= {"median": median, "low": low, "high": high}
-        if above:
+        if its is None or (above and not base):
+            row["ratio"] = None
+        elif above:
             own = row["above"] = _median_above(taken, base)
             row["ratio"] = _median_above(its, base) / own if own > 0 else None
         else:
@@ -142,36 +167,16 @@ def _median_above(taken: Sequence[float], base: Sequence[float]) -> float:
     return statistics.median(map(sub, taken, base))
 
 
-def peak_bytes(call: Callable[[], Any]) -> int:
-    """Return the most bytes that tensors made by ``call`` held at once."""
-    gc.collect()
-    if DEVICE.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        return torch.cuda.max_memory_allocated() - before
-    now = peak = 0
-    for change in allocations(call):
-        now += change
-        peak = max(peak, now)
-    return peak
-
-
-def allocations(call: Callable[[], Any]) -> list[int]:
-    """Return the bytes that the CPU's allocator gave, or took back (negative), in order."""
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
-        call()
-    events = profile.profiler.kineto_results.events()
-    changes = [event for event in events if event.name() == "[memory]"]
-    return [event.nbytes() for event in sorted(changes, key=lambda event: event.start_ns())]
-
-
 OPTIONAL = {
     "above": "above module",
     "cpu": "CPU s",
     "cpu_of_module": "CPU / module's",
+    "host": "host us",
+    "device": "device us",
+    "tflops": "TFLOP/s",
+    "tbytes": "TB/s",
+    "bound": "ceiling",
+    "gap": "gap to it",
     "peak_bytes": "peak bytes",
     "kept_bytes": "kept bytes",
     "wrong": "wrong results",
@@ -179,26 +184,42 @@ OPTIONAL = {
 """Columns that not every question has."""
 
 
-def record(question: str | None, axis: str, rows: list[Row], unit: str = "us") -> dict[str, Any]:
+def record(
+    question: str | None,
+    axis: str,
+    rows: list[Row],
+    unit: str = "us",
+    ceilings: Ceilings | None = None,
+) -> dict[str, Any]:
     """Print ``rows`` as a table, and return the record of a question."""
     title = (question or "").splitlines()[0]
-    table = Table(title=title, title_justify="left")
-    table.add_column("")
-    for column in (axis, "contender", unit, "quartiles"):
-        table.add_column(column, justify="left" if column == "contender" else "right")
-    others = {key: name for key, name in OPTIONAL.items() if rows[0].get(key) is not None}
-    for column in ("torch.func / this", *others.values()):
-        table.add_column(column, justify="right")
+    answer: dict[str, Any] = {"question": title, "axis": axis, "unit": unit, "rows": rows}
+    others = {k: name for k, name in OPTIONAL.items() if any(r.get(k) is not None for r in rows)}
+    columns = ["", axis, "contender", unit, "quartiles", "torch.func / this", *others.values()]
+    table.show(title, columns, _cells(rows, ("ratio", *others)), left=("", "contender"))
+    for row in rows:
+        where = f"{row['panel']}, {row['n']}: {row['contender']}"
+        for problem in row.keys() & {"absent", "failed"}:
+            print(f"{problem}: {where}: {row[problem]}")
+        if "kernels" in row:
+            kernels.show(f"{where}, {row['gap']:.0%} from the ceiling", row["kernels"])
+    if ceilings:
+        answer["ceilings"] = ceilings.as_record()
+        found = {name: table.figure(value) for name, value in answer["ceilings"].items()}
+        print("The ceilings of the device, measured:", *map(" ".join, found.items()))
+    return answer
+
+
+def _cells(rows: Sequence[Row], keys: Sequence[str]) -> list[list[str]]:
+    cells = []
     last = None
     for row in rows:
         panel, last = ("" if row["panel"] == last else row["panel"]), row["panel"]
-        cells = [panel, str(row["n"]), row["contender"], _figure(row["median"])]
-        cells += [f"{_figure(row['low'])}-{_figure(row['high'])}"]
-        cells += [_figure(row.get(key)) for key in ("ratio", *others)]
-        table.add_row(*cells)
-    console = Console()
-    (console if console.is_terminal else Console(width=120)).print(table)
-    return {"question": title, "axis": axis, "unit": unit, "rows": rows}
+        times = [table.figure(row.get(key)) for key in ("median", "low", "high")]
+        place = [panel, str(row["n"]), row["contender"], times[0]]
+        quartiles = "-".join(times[1:]) if "median" in row else ""
+        cells.append([*place, quartiles, *(table.figure(row.get(key)) for key in keys)])
+    return cells
 
 
 def store(name: str, record: dict[str, Any]) -> Path:
@@ -209,6 +230,30 @@ def store(name: str, record: dict[str, Any]) -> Path:
     return path
 
 
+_so_far: list[Path] = []
+"""The file of what is measured of the question that is being asked."""
+
+
+def _keep(rows: Sequence[Row]) -> None:
+    for path in _so_far:
+        with path.open("a") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+@contextlib.contextmanager
+def kept_so_far(name: str) -> Iterator[None]:
+    """Write rows as soon as there are any to ``<name>.so-far.jsonl``: a run can be cut off."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    path = RESULTS / f"{name}.so-far.jsonl"
+    path.write_text(json.dumps(_measured_on()) + "\n")
+    _so_far.append(path)
+    try:
+        yield
+    finally:
+        _so_far.remove(path)
+    path.unlink()
+
+
 def run(name: str, main: Callable[..., dict[str, Any]]) -> None:
     """Ask one question as the command line says; what is quick is not stored."""
     parser = argparse.ArgumentParser(prog=f"python -m perf.{name}")
@@ -216,9 +261,14 @@ def run(name: str, main: Callable[..., dict[str, Any]]) -> None:
     parser.add_argument("--peers", action="store_true", help="with tensordict and JAX")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    answer = main(**vars(options))
-    if not options.quick:
-        print(f"-> {store(name, answer)}")
+    if options.quick:
+        answer = main(**vars(options))
+    else:
+        with kept_so_far(name):
+            answer = main(**vars(options))
+            print(f"-> {store(name, answer)}")
+    if any("failed" in row for row in answer["rows"]):
+        sys.exit(1)
 
 
 def _measured_on() -> dict[str, Any]:
@@ -226,27 +276,16 @@ def _measured_on() -> dict[str, Any]:
         ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
     ).stdout.strip()
     gpu = torch.cuda.get_device_name() if DEVICE.type == "cuda" else None
+    versions = {"torch": torch.__version__, "python": platform.python_version()}
+    for peer in ("triton", "tensordict", "jax"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[peer] = metadata.version(peer)
     return {
         "date": datetime.date.today().isoformat(),
         "commit": commit,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
+        **versions,
         "device": gpu or f"{platform.machine()} CPU, {torch.get_num_threads()} thread(s)",
     }
-
-
-def _seconds(call: Callable[[], Any], count: int) -> float:
-    _synchronize()
-    start = time.perf_counter()
-    for _ in range(count):
-        call()
-    _synchronize()
-    return time.perf_counter() - start
-
-
-def _synchronize() -> None:
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def difference(result: Any, reference: Any) -> float:
@@ -255,16 +294,13 @@ def difference(result: Any, reference: Any) -> float:
     if [tensor.shape for tensor in ours] != [tensor.shape for tensor in theirs]:
         raise ValueError("contenders returned results of different shapes")
     return max(
-        float((one - other).abs().max() / other.abs().max().clamp(min=1e-3))
-        for one, other in zip(ours, theirs)
+        float((one.to(other) - other).abs().max() / other.abs().max().clamp(min=1e-3))
+        for one, other in zip(ours, (other.double() for other in theirs))
     )
 
 
 def _tensors(nest: Any) -> list[Tensor]:
+    """Return the tensors in ``nest``; of other libraries' arrays, tensors in their memory."""
     leaves = [leaf for leaf in pytree.tree_leaves(nest) if leaf is not None]
-    made = [leaf if isinstance(leaf, Tensor) else torch.tensor(leaf.tolist()) for leaf in leaves]
-    return [tensor.detach().double().cpu() for tensor in made]
-
-
-def _figure(value: float | None) -> str:
-    return "" if value is None else f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
+    made = [leaf if isinstance(leaf, Tensor) else torch.from_dlpack(leaf) for leaf in leaves]
+    return [tensor.detach() for tensor in made]

@@ -87,18 +87,13 @@ def _versions() -> str:
 
 
 def _show(found: dict[str, float], expected: dict[str, float], skipped: list[str]) -> None:
-    from rich.console import Console
-    from rich.table import Table
+    from perf import table
 
-    table = Table()
-    table.add_column("counted")
-    table.add_column("found", justify="right")
-    table.add_column("expected", justify="right")
+    rows = []
     for name, count in found.items():
         wanted = f"{expected[name]:g}" if name in expected else ""
-        table.add_row(name, f"{count:g}", f"({wanted})" if name in skipped else wanted)
-    console = Console()
-    (console if console.is_terminal else Console(width=120)).print(table)
+        rows.append([name, f"{count:g}", f"({wanted})" if name in skipped else wanted])
+    table.show("", ["counted", "found", "expected"], rows, left=["counted"])
 
 
 if __name__ == "__main__":

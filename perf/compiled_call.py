@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-import fcall
 from perf import bench
-from perf.models import CALLS, backend, random, weights_for, with_weights
+from perf.models import compiled_calls, random, weights_for
+from perf.peers import ask
 
 COUNTS = (12, 72, 288, 1200)
 
@@ -36,33 +35,15 @@ def main(quick: bool = False, peers: bool = False) -> dict[str, Any]:
         torch.compiler.reset()
         module, x = Sum(count), random(2)
         weights = weights_for(module)
-        compile = partial(torch.compile, fullgraph=True, backend=backend(quick))
-        functions: dict[str, Callable[..., Any]] = {
-            "module, compiled": _alone(compile(with_weights(module, weights))),
-            **{
-                f"{name}, compiled": compile(_calling(call, module)) for name, call in CALLS.items()
-            },
-            "fcall.compile": fcall.compile(module, backend=backend(quick)),
-        }
-        contenders = {name: partial(fn, weights, x) for name, fn in functions.items()}
+        calls = compiled_calls(module, weights, quick, peers)
+        contenders = {name: partial(call, weights, x) for name, (call, _) in calls.items()}
         if peers:
-            from perf import peers as others
-
-            contenders["tensordict, compiled"] = compile(others.to_module(module, weights, x))
-            contenders |= others.sums(weights, x)
+            contenders |= ask("JAX", "sums", weights, x)
         with torch.no_grad():
             rows += bench.measure(
                 contenders, panel="parameters", n=count, quick=quick, memory=False
             )
     return bench.record(__doc__, "parameters", rows)
-
-
-def _alone(module: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda weights, x: module(x)
-
-
-def _calling(call: Callable[..., Any], module: nn.Module) -> Callable[..., Any]:
-    return lambda weights, x: call(module, weights, (x,))
 
 
 if __name__ == "__main__":

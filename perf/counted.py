@@ -17,10 +17,10 @@ from torch._guards import Guard
 from torch._inductor import metrics
 
 import fcall
-from perf import bench
 from perf.compiled_call import Sum
 from perf.eager_call import another_thread
 from perf.models import linears, mlp, weights_for
+from perf.timing import DEVICE, allocations
 
 Counts = dict[str, float]
 
@@ -30,7 +30,7 @@ def eager() -> Counts:
     found: Counts = {}
     bytecodes_of = {}
     for count in (72, 288):
-        module, x = linears(count // 2), torch.ones(1, 2, device=bench.DEVICE)
+        module, x = linears(count // 2), torch.ones(1, 2, device=DEVICE)
         weights = weights_for(module)
         call = partial(fcall.functional_call, module, weights, (x,))
         bytecodes_of[count] = bytecodes(call) - bytecodes(partial(module, x))
@@ -51,7 +51,7 @@ def beside() -> Counts:
     found: Counts = {}
     with another_thread():
         for count in (72, 288):
-            module, x = linears(count // 2), torch.ones(1, 2, device=bench.DEVICE)
+            module, x = linears(count // 2), torch.ones(1, 2, device=DEVICE)
             call = partial(fcall.functional_call, module, weights_for(module), (x,))
             found[f"eager, another thread alive, {count} parameters: bytecodes"] = bytecodes(
                 call
@@ -66,7 +66,7 @@ def compiled_call() -> Counts:
     found: Counts = {}
     for count in (72, 288):
         torch.compiler.reset()
-        module, x = Sum(count), torch.ones(2, device=bench.DEVICE)
+        module, x = Sum(count), torch.ones(2, device=DEVICE)
         weights = weights_for(module)
         call = partial(fcall.compile(module, backend=_constant), weights, x)
         with torch.no_grad():
@@ -85,7 +85,7 @@ def frames() -> Counts:
         return graph.forward
 
     torch.compiler.reset()
-    module, x = mlp(3, 4, 2), torch.ones(2, 3, device=bench.DEVICE)
+    module, x = mlp(3, 4, 2), torch.ones(2, 3, device=DEVICE)
     weights = weights_for(module)
     items = list(weights.items())
     call = fcall.compile(module, backend=counting)
@@ -114,7 +114,7 @@ def compilation() -> Counts:
 
 
 def _to_be_compiled(layers: int) -> dict[str, Callable[[], Callable[[], Any]]]:
-    module, x = mlp(*[8] * (layers + 1)), torch.ones(4, 8, device=bench.DEVICE)
+    module, x = mlp(*[8] * (layers + 1)), torch.ones(4, 8, device=DEVICE)
     weights = weights_for(module)
     compile = partial(torch.compile, backend="eager")
     ours = partial(fcall.functional_call, module)
@@ -145,7 +145,7 @@ def calls_of(owner: type, method: str, call: Callable[[], Any]) -> int:
 
 def kernels() -> Counts:
     """What Inductor makes of a call, and of the plain module."""
-    module, x = mlp(8, 8, 8), torch.ones(4, 8, device=bench.DEVICE)
+    module, x = mlp(8, 8, 8), torch.ones(4, 8, device=DEVICE)
     weights = {name: w.requires_grad_() for name, w in weights_for(module).items()}
     contenders: dict[str, Callable[..., Any]] = {
         "the module": lambda _, x: module(x),
@@ -218,7 +218,7 @@ def python_memory(call: Callable[[], Any]) -> int:
 def made_bytes(call: Callable[[], Any]) -> int:
     """Return the bytes of all tensors that ``call`` makes."""
     _warm_up(call)
-    return sum(max(change, 0) for change in bench.allocations(call))
+    return sum(max(change, 0) for change in allocations(call))
 
 
 def _warm_up(call: Callable[[], Any]) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from perf import bench
 from perf.models import CALLS, random, weights_for, with_weights
+from perf.peers import ask
 
 COUNTS = (12, 72, 288, 1200, 10_000)
 DEPTHS = (1, 8, 64)
@@ -64,9 +65,8 @@ def _rows(module: nn.Module, panel: str, n: int, quick: bool, peers: bool) -> li
     contenders = {"module": partial(with_weights(module, weights), x)}
     contenders |= {name: partial(call, module, weights, (x,)) for name, call in CALLS.items()}
     if peers:
-        from perf.peers import to_module
-
-        contenders["tensordict"] = to_module(module, weights, x)
+        calls = ask("tensordict", "eager", module, weights)
+        contenders |= {name: partial(call, x) for name, call in calls.items()}
     with torch.no_grad():
         return bench.measure(
             contenders, panel=panel, n=n, quick=quick, above="module", memory=False

@@ -10,10 +10,14 @@ import torch
 from torch import Tensor
 
 import fcall
-from perf import bench
+from perf import bench, ceilings
 from perf.models import CALLS, backend, lean, mlp, random
+from perf.peers import ask
+from perf.timing import DEVICE
 
-MEMBERS = (1, 4, 16, 64, 256)
+MEMBERS = {"cpu": (1, 4, 16, 64, 256), "cuda": (64,)}
+SIZES = {"cpu": ((16, 32, 32, 4), 32), "cuda": ((256, 1024, 1024, 16), 256)}
+"""The widths of a member, and the batch."""
 
 
 PANELS = ("forward", "training step", "step as one graph")
@@ -23,21 +27,24 @@ PANELS = ("forward", "training step", "step as one graph")
 def main(quick: bool = False, peers: bool = False) -> dict[str, Any]:
     """Measure, print a table, return the record."""
     rows = []
-    for count in MEMBERS[1:2] if quick else MEMBERS:
-        models = [mlp(16, 32, 32, 4) for _ in range(count)]
-        x = random(32, 16)
-        for panel in PANELS:
+    limits = ceilings.measure(quick=quick)
+    widths, batch = SIZES["cpu" if quick else DEVICE.type]
+    for count in (4,) if quick else MEMBERS[DEVICE.type]:
+        models = [mlp(*widths) for _ in range(count)]
+        x = random(batch, widths[0])
+        for panel in PANELS if quick or DEVICE.type == "cpu" else PANELS[1:]:
             torch.compiler.reset()
             if panel == "step as one graph":
                 contenders = _in_one_graph(models, x, quick)
             else:
                 contenders = _called(models, x, panel, quick)
             if peers and panel != "training step":  # what JAX compiles is all of the step
-                from perf import peers as others
-
-                contenders |= others.ensembles(models, x, train=panel != "forward")
-            rows += bench.measure(contenders, panel=panel, n=count, quick=quick)
-    return bench.record(__doc__, "members", rows)
+                contenders |= ask("JAX", "ensembles", models, x, train=panel != "forward")
+            own = [list(model.parameters()) for model in models]
+            # A step writes the parameters, too.
+            work = limits.work(contenders["torch.func"], x, own, own if panel != "forward" else ())
+            rows += bench.measure(contenders, panel=panel, n=count, quick=quick, work=work)
+    return bench.record(__doc__, "members", rows, ceilings=limits)
 
 
 def _called(models: list[Any], x: Tensor, panel: str, quick: bool) -> Contenders:

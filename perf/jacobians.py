@@ -1,4 +1,4 @@
-"""What do Jacobians and Hessian-vector products with respect to the parameters cost?"""
+"""What do Jacobians, Jacobian-vector and Hessian-vector products of parameters cost?"""
 
 from __future__ import annotations
 
@@ -10,22 +10,30 @@ import torch
 from torch import Tensor
 
 import fcall
-from perf import bench
+from perf import bench, ceilings
 from perf.models import CALLS, backend, lean, mlp, random, weights_for
+from perf.peers import ask
+from perf.timing import DEVICE
 
-PANELS = ("jacrev", "jacfwd", "Hessian-vector product")
-WIDTHS = (8, 32, 128)
+PRODUCTS = ("Jacobian-vector product", "Hessian-vector product")
+PANELS = {"quick": ("jacrev", *PRODUCTS), "cpu": ("jacrev", "jacfwd", *PRODUCTS), "cuda": PRODUCTS}
+WIDTHS = {"quick": (8,), "cpu": (8, 32, 128), "cuda": (1024, 4096)}
+SIZES = {"quick": (8, 4, 3), "cpu": (8, 4, 3), "cuda": (256, 256, 64)}
+"""Samples, inputs and outputs."""
 TRANSFORMS = {"torch.func": torch.func, "fcall": fcall.func}
 
 
 def main(quick: bool = False, peers: bool = False) -> dict[str, Any]:
     """Measure, print a table, return the record."""
     rows = []
-    for panel in PANELS[::2] if quick else PANELS:
+    limits = ceilings.measure(quick=quick)
+    where = "quick" if quick else DEVICE.type
+    samples, inputs, outputs = SIZES[where]
+    for panel in PANELS[where]:
         # Forward mode goes once through the model for each number in a parameter.
-        for width in WIDTHS[: 1 if quick else 2 if panel == "jacfwd" else 3]:
+        for width in WIDTHS[where][: 2 if panel == "jacfwd" else 3]:
             torch.compiler.reset()
-            module, x = mlp(4, width, width, 3), random(8, 4)
+            module, x = mlp(inputs, width, width, outputs), random(samples, inputs)
             weights = weights_for(module)
             vector = {name: torch.ones_like(w) for name, w in weights.items()}
             contenders: dict[str, Any] = {}
@@ -38,11 +46,11 @@ def main(quick: bool = False, peers: bool = False) -> dict[str, Any]:
             compiled = lean(module, contenders["fcall"].func, weights, quick)
             contenders["fcall.compile"] = partial(compiled, vector)
             if peers:
-                from perf import peers as others
-
-                contenders |= others.jacobians(module, weights, x, panel)
-            rows += bench.measure(contenders, panel=panel, n=width, quick=quick)
-    return bench.record(__doc__, "width", rows)
+                contenders |= ask("JAX", "jacobians", module, weights, x, panel)
+            eager = contenders["torch.func"]
+            work = limits.work(eager, weights, vector if panel in PRODUCTS else (), eager())
+            rows += bench.measure(contenders, panel=panel, n=width, quick=quick, work=work)
+    return bench.record(__doc__, "width", rows, ceilings=limits)
 
 
 def _call(call: Callable[..., Any], module: Any, x: Tensor, weights: dict[str, Tensor]) -> Tensor:
@@ -50,6 +58,8 @@ def _call(call: Callable[..., Any], module: Any, x: Tensor, weights: dict[str, T
 
 
 def _function(panel: str, func: Any, model: Callable[..., Any]) -> Callable[..., Any]:
+    if panel == "Jacobian-vector product":
+        return lambda weights, vector: func.jvp(model, (weights,), (vector,))[1]
     if panel == "Hessian-vector product":
         grad = func.grad(lambda weights: model(weights).square().mean())
         return lambda weights, vector: func.jvp(grad, (weights,), (vector,))[1]

@@ -9,10 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from perf import bench
+from perf import bench, ceilings
 from perf.models import CALLS, backend, lean, mlp, random, weights_for
+from perf.peers import ask
+from perf.timing import DEVICE
 
-INNER_STEPS = (1, 5)
+INNER_STEPS = {"quick": (1,), "cpu": (1, 5), "cuda": (5,)}
+SIZES = {
+    "quick": (2, 10, (1, 40, 40, 1)),
+    "cpu": (16, 10, (1, 40, 40, 1)),
+    "cuda": (32, 64, (64, 1024, 1024, 64)),
+}
+"""Tasks, samples of each, and the widths of the model."""
 RATE = 0.1
 
 grad, vmap = torch.func.grad, torch.func.vmap
@@ -21,11 +29,13 @@ grad, vmap = torch.func.grad, torch.func.vmap
 def main(quick: bool = False, peers: bool = False) -> dict[str, Any]:
     """Measure, print a table, return the record."""
     rows = []
-    tasks = 2 if quick else 16
-    module = mlp(1, 40, 40, 1)
+    limits = ceilings.measure(quick=quick)
+    where = "quick" if quick else DEVICE.type
+    tasks, samples, widths = SIZES[where]
+    module = mlp(*widths)
     weights = weights_for(module)
-    x, y = random(tasks, 10, 1), random(tasks, 10, 1)
-    for steps in INNER_STEPS[:1] if quick else INNER_STEPS:
+    x, y = random(tasks, samples, widths[0]), random(tasks, samples, widths[-1])
+    for steps in INNER_STEPS[where]:
         torch.compiler.reset()
         contenders: dict[str, Any] = {}
         for name, call in CALLS.items():
@@ -40,11 +50,10 @@ def main(quick: bool = False, peers: bool = False) -> dict[str, Any]:
         compiled = lean(module, contenders["fcall"].func, weights, quick)
         contenders["fcall.compile"] = partial(compiled, x, y)
         if peers:
-            from perf import peers as others
-
-            contenders |= others.maml(module, weights, x, y, steps)
-        rows += bench.measure(contenders, panel="inner steps", n=steps, quick=quick)
-    return bench.record(__doc__, "inner steps", rows)
+            contenders |= ask("JAX", "maml", module, weights, x, y, steps)
+        work = limits.work(contenders["torch.func"], weights, x, y, weights)
+        rows += bench.measure(contenders, panel="inner steps", n=steps, quick=quick, work=work)
+    return bench.record(__doc__, "inner steps", rows, ceilings=limits)
 
 
 def outer_gradient(loss: Callable[..., Tensor], steps: int) -> Callable[..., dict[str, Tensor]]:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import fcall
-from perf.bench import DEVICE
+from perf.peers import ask
+from perf.timing import DEVICE
 
 CALLS: dict[str, Callable[..., Any]] = {
     "torch.func": torch.func.functional_call,
@@ -38,6 +40,30 @@ def encoder(layers: int) -> nn.Module:
     return nn.TransformerEncoder(layer, layers, enable_nested_tensor=False).to(DEVICE)
 
 
+def blocks(layers: int, width: int) -> nn.Module:
+    """Transformer encoder blocks as large models have them: normalised first, GELU, no dropout."""
+    heads = max(1, width // 128)
+    of_block = {"dropout": 0.0, "activation": "gelu", "batch_first": True, "norm_first": True}
+    return nn.Sequential(
+        *[nn.TransformerEncoderLayer(width, heads, 4 * width, **of_block) for _ in range(layers)]  # type: ignore[arg-type]
+    ).to(DEVICE)
+
+
+def convnet(width: int) -> nn.Module:
+    """Three convolutions, each at half of the resolution, and a classifier; also of one image."""
+    layers: list[nn.Module] = []
+    for before, after in itertools.pairwise((3, width, 2 * width, 4 * width)):
+        layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.ReLU()]
+    layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(-3), nn.Linear(4 * width, 10)]
+    return nn.Sequential(*layers).to(DEVICE)
+
+
+def weights_near(module: nn.Module) -> dict[str, Tensor]:
+    """As :func:`weights_for`, near the module's own: a deep model keeps the size of its values."""
+    named = module.named_parameters()
+    return {name: p.detach() + 0.02 * torch.randn_like(p) for name, p in named}
+
+
 def weights_for(module: nn.Module) -> dict[str, Tensor]:
     """Values for the parameters of ``module``, other than its own, by name."""
     return {name: torch.randn_like(p) / p.shape[-1] for name, p in module.named_parameters()}
@@ -50,8 +76,8 @@ def with_weights(module: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
     return twin
 
 
-def random(*shape: int) -> Tensor:
-    return torch.randn(*shape, device=DEVICE)
+def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, device=DEVICE, dtype=dtype)
 
 
 def backend(quick: bool) -> str:
@@ -76,3 +102,29 @@ def lean(model: nn.Module, fn: Callable[..., Any], weights: dict[str, Tensor], q
     compiled = fcall.compile(OfWeights(model, fn), backend=backend(quick), dynamic=False)
     own = {f"model.{name}": weight for name, weight in weights.items()}
     return lambda *args: compiled(own, *args)
+
+
+def compiled_calls(
+    module: nn.Module, weights: dict[str, Tensor], quick: bool, peers: bool
+) -> dict[str, tuple[Callable[..., Any], dict[str, Tensor]]]:
+    """Return compiled calls of ``module``: functions of weights and inputs, with their weights."""
+    compile = partial(torch.compile, fullgraph=True, dynamic=False, backend=backend(quick))
+    twin = with_weights(module, weights)
+    alone = compile(twin)
+
+    def over(call: Callable[..., Any]) -> Callable[..., Any]:
+        return compile(lambda weights, *args: call(module, weights, args))
+
+    calls = {f"{name}, compiled": over(call) for name, call in CALLS.items()}
+    calls["fcall.compile"] = fcall.compile(module, backend=backend(quick), dynamic=False)
+    if peers:
+        for name, call in ask("tensordict", "compiled", module, weights, compile).items():
+            calls[name] = _of_inputs(call)
+    return {
+        "module, compiled": (_of_inputs(alone), dict(twin.named_parameters())),
+        **{name: (call, weights) for name, call in calls.items()},
+    }
+
+
+def _of_inputs(call: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda weights, *args: call(*args)

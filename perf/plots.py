@@ -14,7 +14,9 @@ from matplotlib import pyplot
 
 from perf.bench import FOLDER, RESULTS
 
-IMAGES = Path(__file__).parents[1] / "docs" / "images" / FOLDER
+ALL_RESULTS = Path(__file__).parent / "results"
+ALL_IMAGES = Path(__file__).parents[1] / "docs" / "images"
+IMAGES = ALL_IMAGES / FOLDER
 STYLES = {"torch.func": "tab:orange", "fcall": "tab:blue", "module": "tab:gray"}
 
 
@@ -32,14 +34,15 @@ def main(results: Path = RESULTS, images: Path = IMAGES) -> list[Path]:
 
 
 def _draw(record: dict[str, Any], path: Path) -> None:
-    panels = list(dict.fromkeys(row["panel"] for row in record["rows"]))
+    measured = [row for row in record["rows"] if "median" in row]
+    panels = list(dict.fromkeys(row["panel"] for row in measured))
     figure, axes = pyplot.subplots(
         1, len(panels), figsize=(4 * len(panels) + 2, 3.4), squeeze=False, layout="constrained"
     )
-    names = list(dict.fromkeys(row["contender"] for row in record["rows"]))
+    names = list(dict.fromkeys(row["contender"] for row in measured))
     for axis, panel in zip(axes[0], panels):
         for number, name in enumerate(names):
-            rows = [r for r in record["rows"] if (r["panel"], r["contender"]) == (panel, name)]
+            rows = [r for r in measured if (r["panel"], r["contender"]) == (panel, name)]
             if rows:
                 _line(axis, name, number, rows)
         _, _, varied = panel.partition("n: ")
@@ -80,5 +83,6 @@ def _line(axis: Any, name: str, number: int, rows: list[dict[str, Any]]) -> None
 
 
 if __name__ == "__main__":
-    for path in main():
-        print(path)
+    for folder in ("", "cuda"):  # those of another machine's device, too
+        for path in main(ALL_RESULTS / folder, ALL_IMAGES / folder):
+            print(path)

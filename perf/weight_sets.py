@@ -17,6 +17,7 @@ from torch import Tensor
 import fcall
 from perf import bench
 from perf.models import CALLS, backend, mlp, random, weights_for, with_weights
+from perf.peers import ask
 
 SETS = (1, 4, 64)
 
@@ -48,10 +49,8 @@ def main(quick: bool = False, peers: bool = False) -> dict[str, Any]:
             "fcall.compile": _each(sets, lambda w, f=one_graph, x=x: f(w, x)),
         }
         if peers:
-            from perf.peers import to_module
-
-            calls = [to_module(module, weights, x) for weights in sets]
-            contenders["tensordict"] = _each(calls, lambda call: call())
+            calls = [ask("tensordict", "eager", module, weights) for weights in sets]
+            contenders["tensordict"] = _each(calls, lambda call, x=x: call["tensordict"](x))
         size = sum(p.nbytes for p in module.parameters())
         kept = {"copies of the module": count * size, "load_state_dict": size}
         with torch.no_grad():
