@@ -18,6 +18,7 @@ QUESTIONS = (
     "blocks",
     "compile_time",
     "weight_sets",
+    "cuda_graphs",
     "ensembles",
     "per_sample_gradients",
     "jacobians",
@@ -25,6 +26,9 @@ QUESTIONS = (
     "threads",
     "serving",
 )
+
+ON_A_GPU = {"cuda_graphs"}
+"""Those that are asked elsewhere only by name."""
 
 
 def main() -> int:
@@ -34,12 +38,14 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="rough figures, not stored")
     parser.add_argument("--peers", action="store_true", help="with tensordict and JAX")
     options = parser.parse_args()
-    asked = options.questions or QUESTIONS
-    if unknown := set(asked) - set(QUESTIONS):
+    if unknown := set(options.questions) - set(QUESTIONS):
         parser.error(f"no such question: {', '.join(sorted(unknown))}")
-    from perf import bench  # fails here, and not once a question, where PERF_DEVICE is not there
+    # Fails here, and not once a question, where PERF_DEVICE is not there.
+    from perf.timing import DEVICE
 
-    print(f"device: {bench.DEVICE.type}", flush=True)
+    print(f"device: {DEVICE.type}", flush=True)
+    of_device = [name for name in QUESTIONS if DEVICE.type == "cuda" or name not in ON_A_GPU]
+    asked = options.questions or of_device
     flags = ["--quick"] * options.quick + ["--peers"] * options.peers
     failed = []
     for number, name in enumerate(asked, 1):
