@@ -138,8 +138,8 @@ class _Plan:
 
     def find(self) -> Found | None:
         """Return what the plan means for the modules, or None if they are built in another way."""
-        own_dict = scoped.own_dict if scoped.count() else None
-        looked = look(*self.asked, own_dict)
+        # Without more than the tuple where it can be: to add to that takes long.
+        looked = look(*self.asked, scoped.own_dict) if scoped.count() else look(*self.asked)
         return None if looked is None else self.found_in(looked)
 
     def found_in(self, looked: Looked) -> Found:
@@ -147,7 +147,8 @@ class _Plan:
         owners, stores, dicts, originals, kept = looked
         rnns = [owners[i] for i in self.rnns] if self.rnns else ()
         if self.is_plain:
-            parts = self.layout, owners, stores, rnns, dicts, *self.order
+            lengths, order = self.order
+            parts = self.layout, owners, stores, rnns, dicts, lengths, order
             # Not Substitution(...), which is a function of Python's, and in each call.
             return tuple.__new__(Substitution, parts), originals, kept
         places = self.layout.places
