@@ -16,7 +16,7 @@ from torch import nn
 
 from compile_tests.support.threads import in_a_thread, run_beside, switching
 from fcall.passes import ABSENT
-from fcall.scoped import Scope, ScopedCache, ScopedDict, count, own_dict
+from fcall.scoped import Scope, ScopedCache, ScopedDict, opened, own_dict
 
 
 def owner_of(entries: dict[str, Any]) -> nn.Module:
@@ -201,14 +201,14 @@ def test_scopes_closed_in_any_order(order: tuple[int, ...]) -> None:
     for scope in scopes:
         scope.open()
     left = [1, 2, 3]
-    assert count() == 3
+    assert len(opened) == 3
     for number in order:
         assert owner._buffers["a"] == left[-1]
         scopes[number].close()
         left.remove(number + 1)
     assert owner._buffers == {"a": 0}
     assert type(owner._buffers) is dict
-    assert count() == 0
+    assert not opened
 
 
 def test_closing_twice_or_without_opening() -> None:
@@ -218,7 +218,7 @@ def test_closing_twice_or_without_opening() -> None:
     scope.close()
     assert type(owner._buffers) is dict
     scope.close()
-    assert count() == 0
+    assert not opened
 
 
 def test_closing_in_another_thread() -> None:
@@ -228,7 +228,7 @@ def test_closing_in_another_thread() -> None:
     in_a_thread(scope.close)
     assert owner._buffers == {"a": 0}
     assert type(owner._buffers) is dict
-    assert count() == 0
+    assert not opened
 
 
 def test_what_is_inherited_ends_with_the_scope() -> None:

@@ -57,7 +57,7 @@ def prepare(
         refuse_gradients_in_export(type(module).__name__)
     given = merge(dicts)
     names, values = tuple(given), tuple(given.values())
-    found = find(module, names, tie_weights=tie_weights, strict=strict)
+    found = find(module, names, tie_weights, strict)
     if found is None:
         refuse_unsupported(module, method)
         found = resolve(module, names, tie_weights=tie_weights, strict=strict)
@@ -67,8 +67,8 @@ def prepare(
         places = substitution.layout.kept
         on_meta = [name for (name, _), own in zip(places, kept) if own.is_meta]
     given_on_meta: list[str] = []
-    if substitution.layout.same or not are_real_tensors(values):
-        same = substitution.layout.same
+    same = substitution.layout.same
+    if same or not are_real_tensors(values):
         given_on_meta = check_values(module, given, same, tie_weights=tie_weights)
     if on_meta or given_on_meta:
         refuse_meta(module, on_meta, given_on_meta, (values, inputs))

@@ -37,7 +37,7 @@ def others_may_look() -> bool:
 
 def is_alone() -> bool:
     """Whether this thread alone can look at modules, until it starts another one."""
-    return not scoped.count() and (not _thread._count() or not others_may_look())
+    return not scoped.opened and (not _thread._count() or not others_may_look())
 
 
 def new_swap(substitution: Substitution, values: tuple[Any, ...], *, alone: bool) -> Swap:

@@ -28,7 +28,6 @@ class Beside(Swap):
     _exposed: Sequence[tuple[Store, str, Any]] = ()
     _scope: Scope | None = None
     _stores: Sequence[Store] = ()
-    _taken: Sequence[Any] = ()
     _written = False
 
     def _put_in(self, values: Sequence[Any], originals: Sequence[Any] | None = None) -> None:
@@ -93,12 +92,10 @@ class Beside(Swap):
             exposed = list(zip(*self._exposed))
             put_in(*exposed)
             delete_absent(*exposed)
+            self._exposed = ()
         self._scope.close()
         self._scope = None
         return self._taken
-
-    def _forget(self) -> None:
-        self._taken = self._exposed = ()
 
     def _hide(self) -> Callable[[], Any]:
         scope = self._scope

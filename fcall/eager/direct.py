@@ -30,7 +30,7 @@ class Direct(Swap):
     """Whether no place was empty before, and none is given ``ABSENT``."""
     _lists: Sequence[tuple[nn.RNNBase, Any, Any]] = ()
     _originals: Sequence[Any] | None = None
-    _taken: list[Any] = []  # noqa: RUF012, never mutated: each call has its own
+    _taken: list[Any]
     _thread = 0
     _written = False
 
@@ -102,9 +102,6 @@ class Direct(Swap):
                 store.clear()
                 store.update(entries)
         self._in_order = ()
-
-    def _forget(self) -> None:
-        self._taken = []
 
     def _hide(self) -> Callable[[], Any]:
         if self._thread == get_ident():

@@ -5,18 +5,13 @@ from __future__ import annotations
 from contextvars import ContextVar
 from typing import Any
 
-__all__ = ["count", "layer_over", "open_scopes", "opened"]
+__all__ = ["layer_over", "open_scopes", "opened"]
 
 open_scopes: ContextVar[tuple[Any, ...]] = ContextVar("fcall_scopes", default=())
 """The scopes, outermost first. Some may have been closed since, where this was inherited."""
 
 opened: set[int] = set()
 """The ids of the scopes that are open, anywhere."""
-
-
-def count() -> int:
-    """Return how many scopes are open, anywhere."""
-    return len(opened)
 
 
 def layer_over(thing: Any, key: str) -> dict[str, Any] | None:
