@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.utils import parametrize
 
 from compile_tests.support.threads import in_a_thread, run_beside, switching
 from fcall.passes import ABSENT
@@ -414,3 +415,16 @@ def test_a_cache_for_each_scope() -> None:
     inherited = copy_context()
     scope.close()
     assert cache["key"] == inherited.run(cache.get, "key") == "own"
+
+
+def test_torchs_cache_is_replaced_as_long_as_a_scope_is_open() -> None:
+    before = parametrize._cache
+    one, other = Scope(), Scope()
+    one.open()
+    replaced = parametrize._cache
+    other.open()
+    one.close()
+    assert parametrize._cache is replaced
+    assert type(replaced) is ScopedCache
+    other.close()
+    assert parametrize._cache is before

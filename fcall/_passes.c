@@ -308,7 +308,7 @@ having(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs)
     PyObject *found = PyList_New(0);
     for (Py_ssize_t i = 0; found != NULL && i < length(args[0]); i++) {
         PyObject *owner = item(args[0], i), *own = PyObject_GenericGetDict(owner, NULL);
-        int has = own == NULL ? -1 : 0;
+        int has = expect(own != NULL, "having() takes what has attributes") - 1;
         for (Py_ssize_t j = 0; has == 0 && j < length(args[1]); j++)
             has = PyDict_Contains(own, item(args[1], j));
         if (has < 0 || (has && PyList_Append(found, owner) < 0))
