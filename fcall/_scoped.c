@@ -285,12 +285,13 @@ static PyMemberDef members[] = {
     {NULL, 0, 0, 0, NULL},
 };
 
-#define METHOD(name, function, flags) {name, (PyCFunction)(void (*)(void))function, flags, NULL}
+#define METHOD(name, function, flags, doc)                                                         \
+    {name, (PyCFunction)(void (*)(void))function, flags, doc}
 
 static PyMethodDef methods[] = {
-    METHOD("_read", read_entry, METH_O),
-    METHOD("install", install, METH_FASTCALL | METH_CLASS),
-    METHOD("uninstall", uninstall, METH_FASTCALL | METH_CLASS),
+    METHOD("_read", read_entry, METH_O, "Return what whoever asks sees, ABSENT for nothing."),
+    METHOD("install", install, METH_FASTCALL | METH_CLASS, "Put a dict over each of several."),
+    METHOD("uninstall", uninstall, METH_FASTCALL | METH_CLASS, "Undo install()."),
     {NULL, NULL, 0, NULL},
 };
 
@@ -319,7 +320,7 @@ scoped_base(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs
 }
 
 static PyMethodDef functions[] = {
-    METHOD("scoped_base", scoped_base, METH_FASTCALL),
+    METHOD("scoped_base", scoped_base, METH_FASTCALL, "The base class of ScopedDict, in C."),
     {NULL, NULL, 0, NULL},
 };
 
