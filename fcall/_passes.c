@@ -138,7 +138,7 @@ look(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs)
     if (!expect(are_tuples && PyTuple_Size(args[1]) == 3 * PyTuple_Size(args[0]) &&
                     PyBytes_Size(args[3]) ==
                         PyTuple_Size(args[2]) * (Py_ssize_t)sizeof(PyObject *),
-                "look(references, lengths, keys, ids, of_each, written, of_places, others, [own_dict])"))
+                "look() takes references, lengths, keys, ids, four tuples of numbers, own_dict"))
         return NULL;
     PyObject *references = args[0], *lengths = args[1], *keys = args[2];
     PyObject *own_dict = nargs == 9 ? args[8] : Py_None;
@@ -303,7 +303,8 @@ are_plain(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs)
 static PyObject *
 having(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs)
 {
-    if (!expect(nargs == 2 && is_sequence(args[0]) && is_sequence(args[1]), "having(owners, names)"))
+    if (!expect(nargs == 2 && is_sequence(args[0]) && is_sequence(args[1]),
+                "having(owners, names)"))
         return NULL;
     PyObject *found = PyList_New(0);
     for (Py_ssize_t i = 0; found != NULL && i < length(args[0]); i++) {

@@ -1,7 +1,7 @@
-/* The base class of ScopedDict, in C: scoped/dicts.py has the same in Python, and says what it is for.
+/* The base class of ScopedDict, in C. scoped/dicts.py says what it is for: there it is in Python.
 
-   All of this is done to each of a module's dicts in each call that others may look at, or when one
-   of their entries is read. Anything else is left to Python.
+   All of this is done to each of a module's dicts in each call while others may look, or when an
+   entry is read. Anything else is left to Python.
 */
 
 #define PY_SSIZE_T_CLEAN
@@ -38,7 +38,7 @@ number_of(Scoped *self)
     return self->number;
 }
 
-/* A new reference to what a dict has under a key; NULL, perhaps with an error, if it has nothing. */
+/* A new reference to what a dict has under a key; NULL, perhaps with an error, for nothing. */
 static inline PyObject *
 entry_of(PyObject *entries, PyObject *key)
 {

@@ -62,11 +62,11 @@ def prepare(
         refuse_unsupported(module, method)
         found = resolve(module, names, tie_weights=tie_weights, strict=strict)
     substitution, originals, kept = found
-    on_meta: list[str] = []
+    on_meta: Sequence[str] = ()
     if kept and not are_real_tensors(kept):
         places = substitution.layout.kept
         on_meta = [name for (name, _), own in zip(places, kept) if own.is_meta]
-    given_on_meta: list[str] = []
+    given_on_meta: Sequence[str] = ()
     same = substitution.layout.same
     if same or not are_real_tensors(values):
         given_on_meta = check_values(module, given, same, tie_weights=tie_weights)
@@ -133,7 +133,7 @@ def refuse_gradients_in_export(title: str) -> None:
         errors.fail(errors.ExportedGradientError, title)
 
 
-def refuse_meta(module: nn.Module, own: list[str], values: list[str], given: Any) -> None:
+def refuse_meta(module: nn.Module, own: Sequence[str], values: Sequence[str], given: Any) -> None:
     """Refuse to mix real tensors with tensors on meta: the module's own, or values."""
     leaves = _torch.pytree.tree_leaves(given)
     if any(isinstance(leaf, torch.Tensor) and not leaf.is_meta for leaf in leaves):

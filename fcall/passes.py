@@ -4,7 +4,8 @@ A step for one parameter, in Python's bytecode, takes as long as all that has to
 these functions go over whole lists, with nothing in between. They are written twice: here, of
 passes in C that Python brings along (``map``, ``chain``), at 5 to 30 ns an item; and in
 ``_passes.c``, which is a part of fcall where it was installed with a C compiler at hand, and takes
-a third of that. What the C does not take on, as subclasses of ``dict``, it leaves to Python.
+a third of that. What the C does not take on, as subclasses of ``dict``, it leaves to Python. What
+is done to :class:`fcall.scoped.ScopedDict` is there, and in ``_scoped.c``, in the same way.
 
 No signal is handled in the middle of the C, nor of a pass.
 """
