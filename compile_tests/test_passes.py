@@ -27,7 +27,9 @@ PYTHON = SimpleNamespace(
     look=passes.look_in_python,
     put_in=passes.put_in_in_python,
     put_back=passes.put_back_in_python,
+    are_in=passes.are_in_in_python,
     are_plain=passes.are_plain_in_python,
+    having=passes.having_in_python,
 )
 
 
@@ -77,7 +79,7 @@ def three() -> list[Any]:
 
 def test_look_picks_what_is_asked_for(p: Any) -> None:
     owners = three()
-    found = p.look(*expected(owners), (0, 0, 1), (0, 1), (0, 1, 2), (3, 6), None)
+    found = p.look(*expected(owners), (0, 0, 1), (0, 1), (0, 1, 2), (3, 6))
     first = owners[0]
     wanted = [
         owners,
@@ -321,6 +323,42 @@ def test_freed_values_may_run_code_of_anybody() -> None:
         assert store in ({"b": 2}, {})
 
 
+# --------------------------------------------------------------------------- are_in and having
+
+
+def test_are_in(p: Any) -> None:
+    stores: list[dict[str, Any]] = [{"a": REAL, "b": 1.5}, {"a": None}]
+    arguments = [*stores, stores[0]], ["a", "a", "b"]
+    assert p.are_in(*arguments, (REAL, None, stores[0]["b"])) is True
+    assert p.are_in([], [], ()) is True
+    assert p.are_in(*arguments, (REAL, None, float("1.5"))) is False  # equal, but another one
+    assert p.are_in(*arguments, ()) is False
+    assert p.are_in(stores, ["a", "c"], (REAL, None)) is False
+
+
+@given(st.lists(st.dictionaries(KEYS, VALUES), max_size=3), st.lists(KEYS), st.lists(VALUES))
+def test_are_in_says_the_same_in_both(dicts: Any, keys: Any, values: Any) -> None:
+    c = in_c()
+    keys, values = keys[: len(dicts)], values[: len(dicts)]
+    stores = dicts[: len(keys)]
+    for given_values in (values, passes.read(stores, keys)):
+        if ABSENT not in given_values:
+            assert c.are_in(stores, keys, given_values) is PYTHON.are_in(stores, keys, given_values)
+
+
+def test_having(p: Any) -> None:
+    class OfTheClass(nn.Module):
+        first = None  # not the modules' own
+
+    one, other = OfTheClass(), nn.Linear(1, 1)
+    names = ["first", "second"]
+    assert p.having([one, other], names) == []
+    one.second = other.extra = None
+    assert p.having([one, other, one], names) == [one, one]
+    assert p.having((other, one), tuple(names)) == [one]
+    assert p.having([], names) == p.having([one], []) == []
+
+
 # ------------------------------------------------------------------------------------ are_plain
 
 KINDS = (torch.Tensor, nn.Parameter)
@@ -365,6 +403,8 @@ def _calls(c: Any) -> Iterator[Callable[[], Any]]:
 
     yield there_and_back
     yield lambda: c.are_plain([REAL, META], KINDS, torch.Tensor.is_meta)
+    yield lambda: (c.are_in([{"a": REAL}], ["a"], [REAL]), c.are_in([{}], ["a"], [None]))
+    yield lambda: c.having([owners[0], owners[2]], ("_parameters", "none"))
     ordered = [Held(OrderedDict(w=0.5))]
     known_ordered = expected(ordered)
     yield lambda: c.look(*known_ordered, (0,), (), (), (), None)
@@ -395,6 +435,12 @@ BAD: dict[str, tuple[str, tuple[Any, ...]]] = {
     "too few arguments": ("put_back", ([],)),
     "too few places": ("put_back", ([], [], [], [], [], [{}], [0], ["a"], [])),
     "a place out of range": ("put_back", ([], [], [], [], [], [{"a": 1}], [1], ["a"], [5])),
+    "fewer keys than stores": ("are_in", ([{}], [], [1])),
+    "no key": ("are_in", ([{}], [[]], [1])),
+    "no sequence of values": ("are_in", ([], [], 1)),
+    "no attributes": ("having", ([1], ["a"])),
+    "no name": ("having", ([nn.Module()], [[]])),
+    "no names": ("having", ([], 1)),
     "no flag": ("are_plain", ([], (), 1)),
 }
 

@@ -13,10 +13,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.utils import parametrize
 
 from compile_tests.support.threads import in_a_thread, run_beside, switching
 from fcall.passes import ABSENT
-from fcall.scoped import Scope, ScopedCache, ScopedDict, count, own_dict
+from fcall.scoped import Scope, ScopedCache, ScopedDict, opened, own_dict
 
 
 def owner_of(entries: dict[str, Any]) -> nn.Module:
@@ -201,14 +202,14 @@ def test_scopes_closed_in_any_order(order: tuple[int, ...]) -> None:
     for scope in scopes:
         scope.open()
     left = [1, 2, 3]
-    assert count() == 3
+    assert len(opened) == 3
     for number in order:
         assert owner._buffers["a"] == left[-1]
         scopes[number].close()
         left.remove(number + 1)
     assert owner._buffers == {"a": 0}
     assert type(owner._buffers) is dict
-    assert count() == 0
+    assert not opened
 
 
 def test_closing_twice_or_without_opening() -> None:
@@ -218,7 +219,7 @@ def test_closing_twice_or_without_opening() -> None:
     scope.close()
     assert type(owner._buffers) is dict
     scope.close()
-    assert count() == 0
+    assert not opened
 
 
 def test_closing_in_another_thread() -> None:
@@ -228,7 +229,7 @@ def test_closing_in_another_thread() -> None:
     in_a_thread(scope.close)
     assert owner._buffers == {"a": 0}
     assert type(owner._buffers) is dict
-    assert count() == 0
+    assert not opened
 
 
 def test_what_is_inherited_ends_with_the_scope() -> None:
@@ -414,3 +415,16 @@ def test_a_cache_for_each_scope() -> None:
     inherited = copy_context()
     scope.close()
     assert cache["key"] == inherited.run(cache.get, "key") == "own"
+
+
+def test_torchs_cache_is_replaced_as_long_as_a_scope_is_open() -> None:
+    before = parametrize._cache
+    one, other = Scope(), Scope()
+    one.open()
+    replaced = parametrize._cache
+    other.open()
+    one.close()
+    assert parametrize._cache is replaced
+    assert type(replaced) is ScopedCache
+    other.close()
+    assert parametrize._cache is before

@@ -11,7 +11,7 @@
 #include <Python.h>
 
 /* To be counted up, as in passes.py, when what a function takes or returns changes. */
-#define REVISION 1
+#define REVISION 2
 
 /* Set once, never freed: "_parameters", "_buffers" and "_modules". */
 static PyObject *stores[3];
@@ -132,15 +132,16 @@ look_in_python(PyObject *const *args, Py_ssize_t nargs)
 static PyObject *
 look(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs)
 {
-    int are_tuples = nargs == 9;
+    int are_tuples = nargs == 8 || nargs == 9;
     for (int i = 0; are_tuples && i < 8; i++)
         are_tuples = i == 3 ? PyBytes_Check(args[i]) : PyTuple_Check(args[i]);
     if (!expect(are_tuples && PyTuple_Size(args[1]) == 3 * PyTuple_Size(args[0]) &&
                     PyBytes_Size(args[3]) ==
                         PyTuple_Size(args[2]) * (Py_ssize_t)sizeof(PyObject *),
-                "look(references, lengths, keys, ids, of_each, written, of_places, kept, own_dict)"))
+                "look() takes references, lengths, keys, ids, four tuples of numbers, own_dict"))
         return NULL;
-    PyObject *references = args[0], *lengths = args[1], *keys = args[2], *own_dict = args[8];
+    PyObject *references = args[0], *lengths = args[1], *keys = args[2];
+    PyObject *own_dict = nargs == 9 ? args[8] : Py_None;
     PyObject **ids = (PyObject **)PyBytes_AsString(args[3]);
     Py_ssize_t owner_count = PyTuple_Size(references), count = PyTuple_Size(keys), at = 0;
     PyObject *owners = PyList_New(owner_count), *dicts = PyList_New(3 * owner_count);
@@ -253,6 +254,25 @@ put_back(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs)
 }
 
 static PyObject *
+are_in(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs)
+{
+    if (!expect(nargs == 3 && is_sequence(args[0]) && is_sequence(args[1]) && is_sequence(args[2]),
+                "are_in(stores, keys, values)"))
+        return NULL;
+    Py_ssize_t count = length(args[0]);
+    if (length(args[2]) != count)
+        return Py_NewRef(Py_False);
+    for (Py_ssize_t i = 0; i < count; i++) {
+        PyObject *store = item(args[0], i), *key = item(args[1], i), *value = item(args[2], i);
+        if (!store || !key || !value)
+            return NULL;
+        if (!PyDict_CheckExact(store) || PyDict_GetItemWithError(store, key) != value)
+            return PyErr_Occurred() ? NULL : Py_NewRef(Py_False);
+    }
+    return Py_NewRef(Py_True);
+}
+
+static PyObject *
 are_plain(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs)
 {
     if (!expect(nargs == 3 && is_sequence(args[0]) && PyTuple_Check(args[1]),
@@ -280,78 +300,23 @@ are_plain(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs)
     return Py_NewRef(Py_True);
 }
 
-/* What scoped.py's dicts of a module do when one of their entries is read: the same as its
-   _ReadsInPython. An entry is looked for in the innermost scope of whoever asks, by the id of the
-   dict; what is not there, the method _read() is asked for. */
-
-/* The context variable of the layers of the innermost scope, by id; ABSENT; "_read". */
-static PyObject *open_layers, *absent, *read_by;
-
-/* A new reference to what is seen under a key, perhaps ABSENT; NULL with an error. */
 static PyObject *
-seen(PyObject *self, PyObject *key)
+having(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs)
 {
-    PyObject *layers, *value = NULL;
-    if (PyContextVar_Get(open_layers, NULL, &layers) < 0)
+    if (!expect(nargs == 2 && is_sequence(args[0]) && is_sequence(args[1]),
+                "having(owners, names)"))
         return NULL;
-    if (layers != NULL && PyDict_CheckExact(layers) && PyDict_GET_SIZE(layers) > 0) {
-        PyObject *number = PyLong_FromVoidPtr(self);
-        PyObject *layer = number ? PyDict_GetItemWithError(layers, number) : NULL;
-        if (layer != NULL && PyDict_CheckExact(layer))
-            value = Py_XNewRef(PyDict_GetItemWithError(layer, key));
-        Py_XDECREF(number);
+    PyObject *found = PyList_New(0);
+    for (Py_ssize_t i = 0; found != NULL && i < length(args[0]); i++) {
+        PyObject *owner = item(args[0], i), *own = PyObject_GenericGetDict(owner, NULL);
+        int has = expect(own != NULL, "having() takes what has attributes") - 1;
+        for (Py_ssize_t j = 0; has == 0 && j < length(args[1]); j++)
+            has = PyDict_Contains(own, item(args[1], j));
+        if (has < 0 || (has && PyList_Append(found, owner) < 0))
+            Py_CLEAR(found);
+        Py_XDECREF(own);
     }
-    Py_XDECREF(layers);
-    if (value == NULL && !PyErr_Occurred()) {
-        PyObject *read = PyObject_GetAttr(self, read_by);
-        value = read ? PyObject_CallFunctionObjArgs(read, key, NULL) : NULL;
-        Py_XDECREF(read);
-    }
-    return value;
-}
-
-static PyObject *
-reads_getitem(PyObject *self, PyObject *key)
-{
-    PyObject *value = seen(self, key);
-    if (value != NULL && value == absent) {
-        Py_CLEAR(value);
-        PyErr_SetObject(PyExc_KeyError, key);
-    }
-    return value;
-}
-
-static int
-reads_contains(PyObject *self, PyObject *key)
-{
-    PyObject *value = seen(self, key);
-    Py_XDECREF(value);
-    return value == NULL ? -1 : value != absent;
-}
-
-static PyType_Slot reads_slots[] = {
-    {Py_mp_subscript, reads_getitem},
-    {Py_sq_contains, reads_contains},
-    {0, NULL},
-};
-
-static PyType_Spec reads_spec = {
-    "fcall._passes.Reads", 0, 0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE, reads_slots,
-};
-
-static PyObject *
-scoped_reads(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t nargs)
-{
-    if (!expect(nargs == 2 && PyContextVar_CheckExact(args[0]), "scoped_reads(open_layers, absent)"))
-        return NULL;
-    if (read_by == NULL && (read_by = PyUnicode_InternFromString("_read")) == NULL)
-        return NULL;
-    PyObject *before[2] = {open_layers, absent};
-    open_layers = Py_NewRef(args[0]);
-    absent = Py_NewRef(args[1]);
-    Py_XDECREF(before[0]);
-    Py_XDECREF(before[1]);
-    return PyType_FromSpecWithBases(&reads_spec, (PyObject *)&PyDict_Type);
+    return found;
 }
 
 #define FUNCTION(name, doc) {#name, (PyCFunction)(void (*)(void))name, METH_FASTCALL, doc}
@@ -360,8 +325,9 @@ static PyMethodDef functions[] = {
     FUNCTION(look, "fcall.passes.look_in_python, in C."),
     FUNCTION(put_in, "fcall.passes.put_in_in_python, in C."),
     FUNCTION(put_back, "fcall.passes.put_back_in_python, in C."),
+    FUNCTION(are_in, "fcall.passes.are_in_in_python, in C."),
     FUNCTION(are_plain, "fcall.passes.are_plain_in_python, in C."),
-    FUNCTION(scoped_reads, "The base class of fcall.scoped.ScopedDict, in C."),
+    FUNCTION(having, "fcall.passes.having_in_python, in C."),
     {NULL, NULL, 0, NULL},
 };
 

@@ -1,10 +1,13 @@
 """The functions of fcall.passes, in C. These take positional arguments alone."""
 
-from contextvars import ContextVar
-from typing import Any
-
+from fcall.passes import (
+    are_in_in_python as are_in,
+)
 from fcall.passes import (
     are_plain_in_python as are_plain,
+)
+from fcall.passes import (
+    having_in_python as having,
 )
 from fcall.passes import (
     look_in_python as look,
@@ -18,6 +21,4 @@ from fcall.passes import (
 
 REVISION: int
 
-__all__ = ["REVISION", "are_plain", "look", "put_back", "put_in", "scoped_reads"]
-
-def scoped_reads(open_layers: ContextVar[Any], absent: Any) -> type[Any]: ...
+__all__ = ["REVISION", "are_in", "are_plain", "having", "look", "put_back", "put_in"]

@@ -57,18 +57,18 @@ def prepare(
         refuse_gradients_in_export(type(module).__name__)
     given = merge(dicts)
     names, values = tuple(given), tuple(given.values())
-    found = find(module, names, tie_weights=tie_weights, strict=strict)
+    found = find(module, names, tie_weights, strict)
     if found is None:
         refuse_unsupported(module, method)
         found = resolve(module, names, tie_weights=tie_weights, strict=strict)
     substitution, originals, kept = found
-    on_meta: list[str] = []
+    on_meta: Sequence[str] = ()
     if kept and not are_real_tensors(kept):
         places = substitution.layout.kept
         on_meta = [name for (name, _), own in zip(places, kept) if own.is_meta]
-    given_on_meta: list[str] = []
-    if substitution.layout.same or not are_real_tensors(values):
-        same = substitution.layout.same
+    given_on_meta: Sequence[str] = ()
+    same = substitution.layout.same
+    if same or not are_real_tensors(values):
         given_on_meta = check_values(module, given, same, tie_weights=tie_weights)
     if on_meta or given_on_meta:
         refuse_meta(module, on_meta, given_on_meta, (values, inputs))
@@ -133,7 +133,7 @@ def refuse_gradients_in_export(title: str) -> None:
         errors.fail(errors.ExportedGradientError, title)
 
 
-def refuse_meta(module: nn.Module, own: list[str], values: list[str], given: Any) -> None:
+def refuse_meta(module: nn.Module, own: Sequence[str], values: Sequence[str], given: Any) -> None:
     """Refuse to mix real tensors with tensors on meta: the module's own, or values."""
     leaves = _torch.pytree.tree_leaves(given)
     if any(isinstance(leaf, torch.Tensor) and not leaf.is_meta for leaf in leaves):

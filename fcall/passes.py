@@ -4,7 +4,8 @@ A step for one parameter, in Python's bytecode, takes as long as all that has to
 these functions go over whole lists, with nothing in between. They are written twice: here, of
 passes in C that Python brings along (``map``, ``chain``), at 5 to 30 ns an item; and in
 ``_passes.c``, which is a part of fcall where it was installed with a C compiler at hand, and takes
-a third of that. What the C does not take on, as subclasses of ``dict``, it leaves to Python.
+a third of that. What the C does not take on, as subclasses of ``dict``, it leaves to Python. What
+is done to :class:`fcall.scoped.ScopedDict` is there, and in ``_scoped.c``, in the same way.
 
 No signal is handled in the middle of the C, nor of a pass.
 """
@@ -16,8 +17,8 @@ import os
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from itertools import chain, cycle
-from operator import attrgetter, getitem, is_, setitem
+from itertools import chain, compress, cycle, repeat
+from operator import attrgetter, contains, getitem, is_, setitem
 from typing import Any
 from weakref import ref
 
@@ -28,11 +29,15 @@ __all__ = [
     "IN_C",
     "STORES",
     "Looked",
+    "are_in",
+    "are_in_in_python",
     "are_plain",
     "are_plain_in_python",
     "are_same",
     "exchange",
     "have_keys",
+    "having",
+    "having_in_python",
     "look",
     "look_in_python",
     "pick",
@@ -41,20 +46,22 @@ __all__ = [
     "put_in",
     "put_in_in_python",
     "read",
-    "scoped_reads",
+    "scoped_base",
 ]
 
-REVISION = 1
-"""That of ``_passes.c``, so that a library which was built from an older one is left alone."""
+REVISION = 2
+"""That of ``_passes.c`` and ``_scoped.c``: libraries built from older ones are left alone."""
 
 IN_C = False
 """Whether the C is used. Not where Python has no GIL, on which it counts."""
 
 with contextlib.suppress(ImportError):
     if getattr(sys, "_is_gil_enabled", lambda: True)():
-        from fcall import _passes
+        from fcall import _passes, _scoped
 
-        IN_C = _passes.REVISION == REVISION and not os.environ.get("FCALL_PURE_PYTHON")
+        IN_C = _passes.REVISION == _scoped.REVISION == REVISION and not os.environ.get(
+            "FCALL_PURE_PYTHON"
+        )
 
 ABSENT: Any = object()
 """In place of the value of an entry that is not there."""
@@ -76,7 +83,7 @@ def look_in_python(
     written: Sequence[int],
     of_places: Sequence[int],
     others: Sequence[int],
-    own_dict: Callable[[Any], Any] | None,
+    own_dict: Callable[[Any], Any] | None = None,
 ) -> Looked | None:
     """Return what is asked of modules, or None if one is gone, or holds other than was expected.
 
@@ -201,6 +208,11 @@ def are_same(one: Sequence[Any], other: Sequence[Any]) -> bool:
     return len(one) == len(other) and all(map(is_, one, other))
 
 
+def are_in_in_python(stores: Sequence[Any], keys: Sequence[str], values: Sequence[Any]) -> bool:
+    """Whether the values stand in the stores. Of what is no plain dict, C does not say so."""
+    return are_same(read(stores, keys), values)
+
+
 def are_plain_in_python(things: Sequence[Any], kinds: tuple[type, ...], flag: Any) -> bool:
     """Whether all things are of some classes, not of subclasses, and a flag is set for none.
 
@@ -214,12 +226,19 @@ def are_plain_in_python(things: Sequence[Any], kinds: tuple[type, ...], flag: An
     )
 
 
-scoped_reads: Callable[..., type[Any]] | None = _passes.scoped_reads if IN_C else None
+def having_in_python(owners: Sequence[Any], names: Sequence[str]) -> list[Any]:
+    """Return those of ``owners`` that have an attribute of their own with one of ``names``."""
+    attributes = [*map(vars, owners)]
+    have = zip(*[map(contains, attributes, repeat(name)) for name in names])
+    return [*compress(owners, map(any, have))]
+
+
+scoped_base: Callable[..., type[Any]] | None = _scoped.scoped_base if IN_C else None
 """Makes the base class of :class:`fcall.scoped.ScopedDict`, or it is written in Python."""
 
 if IN_C:
     look, put_in, put_back = _passes.look, _passes.put_in, _passes.put_back
-    are_plain = _passes.are_plain
+    are_in, are_plain, having = _passes.are_in, _passes.are_plain, _passes.having
 else:
     look, put_in, put_back = look_in_python, put_in_in_python, put_back_in_python
-    are_plain = are_plain_in_python
+    are_in, are_plain, having = are_in_in_python, are_plain_in_python, having_in_python

@@ -37,13 +37,15 @@ PLANS_PER_MODULE = 16
 _Key = tuple[tuple[str, ...], bool, bool]
 
 
+_new_tuple = tuple.__new__
+
 Found = tuple[Substitution, Sequence[Any] | None, Sequence[Any]]
 """What a plan means for the live module; the module's own in each place, or None where more than
 entries of dicts is written; the tensors in the kept places."""
 
 
 def find(
-    module: nn.Module, names: tuple[str, ...], *, tie_weights: bool, strict: bool
+    module: nn.Module, names: tuple[str, ...], tie_weights: bool, strict: bool
 ) -> Found | None:
     """Return what giving ``names`` to ``module`` writes, or None if that has to be resolved."""
     known = _plans.get(id(module))
@@ -138,8 +140,8 @@ class _Plan:
 
     def find(self) -> Found | None:
         """Return what the plan means for the modules, or None if they are built in another way."""
-        own_dict = scoped.own_dict if scoped.count() else None
-        looked = look(*self.asked, own_dict)
+        # Without more than the tuple where it can be: to add to that takes long.
+        looked = look(*self.asked, scoped.own_dict) if scoped.opened else look(*self.asked)
         return None if looked is None else self.found_in(looked)
 
     def found_in(self, looked: Looked) -> Found:
@@ -147,9 +149,10 @@ class _Plan:
         owners, stores, dicts, originals, kept = looked
         rnns = [owners[i] for i in self.rnns] if self.rnns else ()
         if self.is_plain:
-            parts = self.layout, owners, stores, rnns, dicts, *self.order
+            lengths, order = self.order
+            parts = self.layout, owners, stores, rnns, dicts, lengths, order
             # Not Substitution(...), which is a function of Python's, and in each call.
-            return tuple.__new__(Substitution, parts), originals, kept
+            return _new_tuple(Substitution, parts), originals, kept
         places = self.layout.places
         entries = [entry_of(owners[i], store, key) for i, store, key in places]
         stores = [store for store, _ in entries]

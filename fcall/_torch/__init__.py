@@ -11,9 +11,7 @@ from __future__ import annotations
 import functools
 import importlib
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import compress, repeat
-from operator import contains, or_
+from collections.abc import Callable, Iterable, Iterator
 from types import CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -33,6 +31,7 @@ from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
 __all__ = [
+    "COMPILED_ATTRIBUTES",
     "OPERATOR_PROBLEM",
     "BackwardNode",
     "BatchNorm",
@@ -43,7 +42,6 @@ __all__ = [
     "allow_rnns_in_this_trace",
     "attributes_when_not_compiled",
     "codes_of",
-    "compiled_among",
     "dynamo",
     "dynamo_is_imported",
     "evaluated_while_tracing",
@@ -468,12 +466,8 @@ def trace_as_plain_dict(
         raise DynamoUnavailableError(str(error)) from error
 
 
-def compiled_among(modules: Sequence[nn.Module]) -> list[nn.Module]:
-    """Return those of ``modules`` of which ``torch.compile`` may have made something."""
-    own = [*map(vars, modules)]  # no bytecode a module: there may be hundreds
-    as_wrapper = map(contains, own, repeat("dynamo_ctx"))
-    in_place = map(contains, own, repeat("_compiled_call_impl"))
-    return [*compress(modules, map(or_, as_wrapper, in_place))]
+COMPILED_ATTRIBUTES = ("dynamo_ctx", "_compiled_call_impl")
+"""What modules have of their own of which ``torch.compile`` may have made something."""
 
 
 def attributes_when_not_compiled(module: nn.Module) -> dict[str, Any]:

@@ -24,12 +24,12 @@ BYSTANDERS = {
 
 def others_may_look() -> bool:
     """Whether a thread lives that could. If none does, only this one can start some."""
-    count = _thread._count()
-    me = threading.current_thread()
+    count, me = _thread._count(), threading.current_thread()
     for thread in threading.enumerate():
         if thread is not me:
             kind = type(thread)
-            if (kind.__module__, kind.__name__) not in BYSTANDERS:
+            # Most are of the first kind, and to ask for names takes longer.
+            if kind is threading.Thread or (kind.__module__, kind.__name__) not in BYSTANDERS:
                 return True
             count -= 1
     return bool(count)  # the main thread does not count, nor do those that Python does not know
@@ -37,7 +37,7 @@ def others_may_look() -> bool:
 
 def is_alone() -> bool:
     """Whether this thread alone can look at modules, until it starts another one."""
-    return not scoped.count() and (not _thread._count() or not others_may_look())
+    return not scoped.opened and (not _thread._count() or not others_may_look())
 
 
 def new_swap(substitution: Substitution, values: tuple[Any, ...], *, alone: bool) -> Swap:

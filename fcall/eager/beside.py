@@ -11,12 +11,12 @@ from typing import Any
 
 from torch import nn
 
-from fcall import _torch, scoped
+from fcall import _torch
 from fcall.binding import ATTRIBUTE, BYPASS
 from fcall.eager.swap import Swap
 from fcall.eager.traced import teach_dynamo
-from fcall.passes import ABSENT, put_in, read
-from fcall.scoped import Scope, ScopedCache
+from fcall.passes import ABSENT, are_in, having, put_in, read
+from fcall.scoped import Scope
 from fcall.substitution import Bypasses, Store, delete_absent
 
 __all__ = ["Beside"]
@@ -27,54 +27,49 @@ class Beside(Swap):
 
     _exposed: Sequence[tuple[Store, str, Any]] = ()
     _scope: Scope | None = None
-    _stores: list[Store]
-    _taken: Sequence[Any] = ()
+    _stores: Sequence[Store] = ()
     _written = False
 
     def _put_in(self, values: Sequence[Any], originals: Sequence[Any] | None = None) -> None:
-        to = self.substitution
-        self._taken, self._stores, self._exposed = (), [], ()
-        self._written = False
+        layout, owners, _, rnns, _, _, _ = self.substitution  # as quick as to ask for one of them
         self._scope = scope = Scope()
-        teach_dynamo()
-        if to.layout.group_of_each:
-            numbers, names = zip(*to.layout.groups)
-            layers = scope.layers_of_dicts([*map(to.owners.__getitem__, numbers)], names)
-            self._stores = [*map(layers.__getitem__, to.layout.group_of_each)]
+        if _torch.dynamo_is_imported():
+            teach_dynamo()
+            self._leave_compiled_code(scope)
+        if layout.group_of_each:
+            self._stores = scope.layers_of_dicts(owners, layout.groups, layout.group_of_each)
         else:
             self._find_stores(scope)
-        put_in(self._stores, to.layout.keys, values)
+        put_in(self._stores, layout.keys, values)
         self._written = True
-        for rnn in to.rnns:
+        for rnn in rnns:
             names = "_flat_weights", "_flat_weight_refs"
             seen = [list(getattr(rnn, name)) for name in names]
             scope.layer_of_attributes(rnn, nn.RNNBase, *names).update(zip(names, seen))
-        self._leave_compiled_code(scope)
-        cache = _torch.parametrization_cache(if_unused=True)  # or it is used in a block
-        if cache is not None and not isinstance(cache, ScopedCache):
-            _torch.set_parametrization_cache(ScopedCache(cache))
         scope.open()
 
     def _find_stores(self, scope: Scope) -> None:
         """Note where each value is to be written, and which of them everybody will see."""
         to = self.substitution
         layers: dict[tuple[int, str], Store | None] = {}
+        stores = []
         for (number, store, key), own in zip(to.layout.places, to.stores):
             kind = (number, f"{store}.{key}" if store == ATTRIBUTE else store)
             if kind not in layers:
                 layers[kind] = _layer_over(scope, to.owners[number], store, key)
             layer = layers[kind]
-            self._stores.append(own if layer is None else layer)
+            stores.append(own if layer is None else layer)
+        self._stores = stores
         self._exposed = [
             (own, key, own.get(key, ABSENT))
-            for own, store, key in zip(to.stores, self._stores, to.layout.keys)
+            for own, store, key in zip(to.stores, stores, to.layout.keys)
             if own is store
         ]
 
     def _leave_compiled_code(self, scope: Scope) -> None:
         """Have the compiled submodules in which values stand run uncompiled: see ``traced.py``."""
         to = self.substitution
-        compiled = _torch.compiled_among(to.owners)
+        compiled = having(to.owners, _torch.COMPILED_ATTRIBUTES)
         if not compiled:
             return
         written = {id(to.owners[number]) for number, _, _ in to.layout.places}
@@ -85,7 +80,8 @@ class Beside(Swap):
                 layer.update(attributes)
 
     def _read(self) -> Sequence[Any]:
-        return read(self._stores, self.substitution.layout.keys)
+        stores, keys = self._stores, self.substitution.layout.keys
+        return self.given if are_in(stores, keys, self.given) else read(stores, keys)
 
     def _take_out(self) -> Sequence[Any]:
         if self._scope is None:
@@ -96,15 +92,10 @@ class Beside(Swap):
             exposed = list(zip(*self._exposed))
             put_in(*exposed)
             delete_absent(*exposed)
+            self._exposed = ()
         self._scope.close()
-        cache = _torch.parametrization_cache(if_unused=True)
-        if isinstance(cache, ScopedCache) and not scoped.count():
-            _torch.set_parametrization_cache(cache.own)
         self._scope = None
         return self._taken
-
-    def _forget(self) -> None:
-        self._taken = self._exposed = ()
 
     def _hide(self) -> Callable[[], Any]:
         scope = self._scope

@@ -30,23 +30,24 @@ class Direct(Swap):
     """Whether no place was empty before, and none is given ``ABSENT``."""
     _lists: Sequence[tuple[nn.RNNBase, Any, Any]] = ()
     _originals: Sequence[Any] | None = None
-    _taken: list[Any] = []  # noqa: RUF012, never mutated: each call has its own
+    _taken: list[Any]
     _thread = 0
     _written = False
 
     def _put_in(self, values: Sequence[Any], originals: Sequence[Any] | None = None) -> None:
-        to, keys = self.substitution, self.substitution.layout.keys
+        layout, _, stores, rnns, _, _, _ = self.substitution  # as quick as to ask for one of them
+        keys = layout.keys
         cache = self._cache = _torch.parametrization_cache()
-        if to.rnns:
-            self._lists = rnn_lists(to.rnns)
+        if rnns:
+            self._lists = rnn_lists(rnns)
         self._thread, self._taken, self._is_whole = get_ident(), [], originals is not None
-        self._originals = read(to.stores, keys) if originals is None else originals
+        self._originals = read(stores, keys) if originals is None else originals
         if cache is not None:
             _torch.set_parametrization_cache({})
-        put_in(to.stores, keys, values)
+        put_in(stores, keys, values)
         self._written = True
         if not self._is_whole:
-            delete_absent(to.stores, keys, values)
+            delete_absent(stores, keys, values)
 
     def _read(self) -> Sequence[Any]:
         return read(self.substitution.stores, self.substitution.layout.keys)
@@ -55,17 +56,17 @@ class Direct(Swap):
         originals = self._originals
         if originals is None:
             return self._taken
-        to, layout = self.substitution, self.substitution.layout
-        after: Sequence[Any] = self._taken
+        layout, _, stores, _, dicts, lengths, order = self.substitution
+        taken, given, places = self._taken, self.given, layout.place_of_each
+        after: Sequence[Any] = taken
         if (
             self._written
             and self._is_whole
             and put_back(
-                *(to.stores, layout.keys, originals, self.given, self._taken),
-                *(to.dicts, to.lengths, to.order, layout.place_of_each),
+                stores, layout.keys, originals, given, taken, dicts, lengths, order, places
             )
         ):
-            after = self.given
+            after = given
         else:
             self._put_back_whatever_was_done(originals)
         if self._lists:
@@ -101,9 +102,6 @@ class Direct(Swap):
                 store.clear()
                 store.update(entries)
         self._in_order = ()
-
-    def _forget(self) -> None:
-        self._taken = []
 
     def _hide(self) -> Callable[[], Any]:
         if self._thread == get_ident():

@@ -52,6 +52,8 @@ class Swap(ABC):
     """For each place the value that was written first."""
     in_force = False
     is_over = False
+    _taken: Sequence[Any] = ()
+    """For each place the value that was taken out, once that was done."""
 
     def __init__(self, substitution: Substitution, values: tuple[Any, ...]) -> None:
         self.substitution = substitution
@@ -74,10 +76,6 @@ class Swap(ABC):
         If it is interrupted, it can be called again, and does what is left to do; where nothing was
         put in, there is nothing to do.
         """
-
-    @abstractmethod
-    def _forget(self) -> None:
-        """Keep no tensor alive."""
 
     @abstractmethod
     def _hide(self) -> Callable[[], Any]:
@@ -103,8 +101,7 @@ class Swap(ABC):
                 self.changed = reassigned(self.substitution, self.values, after)
             self.is_over = True
             # A context that was taken along may keep this.
-            self.values = self.given = ()
-            self._forget()
+            self.values = self.given = self._taken = ()
 
     def values_now(self) -> Sequence[Any]:
         """Return for each place what stands there, ``ABSENT`` for nothing. Not to be mutated."""
@@ -123,7 +120,8 @@ class Swap(ABC):
         try:
             self._put_in(values, originals)
             self.in_force = True
-            _active.set((*_active.get(), self))
+            around = _active.get()
+            _active.set((*around, self) if around else (self,))
         except BaseException:
             self.take_out()
             raise

@@ -17,13 +17,8 @@ __all__ = ["teach_dynamo"]
 PROBLEM = "fcall: the module has the values of a functional_call that other threads do not see"
 
 
-def teach_dynamo() -> None:
-    """Teach Dynamo how to trace a :class:`ScopedDict`, if it has been imported."""
-    if _torch.dynamo_is_imported():
-        _teach()
-
-
 @functools.cache
-def _teach() -> None:
+def teach_dynamo() -> None:
+    """Teach Dynamo how to trace a :class:`ScopedDict`. Doing it twice does nothing."""
     with contextlib.suppress(_torch.DynamoUnavailableError):  # then it breaks graphs there
         _torch.trace_as_plain_dict(ScopedDict, shows_own, PROBLEM)

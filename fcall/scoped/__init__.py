@@ -9,8 +9,8 @@ A scope is a value of a context variable. So tasks that take turns on one thread
 scopes may be closed in another order than they were opened.
 """
 
-from fcall.scoped.context import count
+from fcall.scoped.context import opened
 from fcall.scoped.dicts import ScopedDict, own_dict, shows_own
 from fcall.scoped.scope import Scope, ScopedCache
 
-__all__ = ["Scope", "ScopedCache", "ScopedDict", "count", "own_dict", "shows_own"]
+__all__ = ["Scope", "ScopedCache", "ScopedDict", "opened", "own_dict", "shows_own"]

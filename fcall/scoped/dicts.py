@@ -5,12 +5,18 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from itertools import repeat
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
-from fcall.passes import ABSENT, scoped_reads
-from fcall.scoped.context import layer_over, open_layers, open_scopes
+from fcall.passes import ABSENT, are_in, put_in, read, scoped_base
+from fcall.scoped.context import layer_over, open_scopes
 
-__all__ = ["ScopedDict", "own_dict", "shows_own"]
+__all__ = ["Installed", "ScopedDict", "own_dict", "shows_own"]
+
+Installed = tuple[dict[str, Any], str, "ScopedDict"]
+"""The ``__dict__`` of a module, a key in it, and what stands there in place of a module's dict."""
+
+_own_of, _scopes_of = attrgetter("own"), attrgetter("scopes")
 
 
 def own_dict(entries: Any) -> Any:
@@ -20,44 +26,13 @@ def own_dict(entries: Any) -> Any:
 
 def shows_own(entries: Any) -> bool:
     """Whether no scope of whoever asks has other values in ``entries``, a dict of a module."""
-    return not any(id(entries) in scope.layers for scope in open_scopes.get())
+    return not any(id(entries) in scope for scope in open_scopes.get())
 
 
-class _ReadsInPython(dict[str, Any]):
-    """What reads a parameter: two methods, which look at the innermost scope at once."""
+class _BaseInPython(dict[str, Any]):
+    """What is done in every call: dicts are put over those of modules, read, and taken away again.
 
-    __slots__ = ()
-
-    def _read(self, key: str) -> Any:
-        """Return what whoever asks sees under ``key``, ``ABSENT`` for nothing."""
-        raise NotImplementedError
-
-    def __getitem__(self, key: str) -> Any:
-        try:
-            value = open_layers.get()[id(self)][key]
-        except KeyError:
-            value = self._read(key)
-        if value is ABSENT:
-            raise KeyError(key)
-        return value
-
-    def __contains__(self, key: object) -> bool:
-        try:
-            return open_layers.get()[id(self)][key] is not ABSENT  # type: ignore[index]
-        except KeyError:
-            return self._read(key) is not ABSENT  # type: ignore[arg-type]
-
-
-if TYPE_CHECKING or scoped_reads is None:
-    _Reads = _ReadsInPython
-else:
-    _Reads = scoped_reads(open_layers, ABSENT)
-
-
-class ScopedDict(_Reads):
-    """A dict of a module, with other values for those in a scope.
-
-    Its storage as a plain dict, which C code may look at, has the module's own entries, too.
+    ``_scoped.c`` has the same in C.
     """
 
     __slots__ = ("own", "scopes")
@@ -67,16 +42,88 @@ class ScopedDict(_Reads):
     """The ids of the open scopes that have a layer."""
 
     @classmethod
-    def over(cls, owns: Sequence[dict[str, Any]], scopes: tuple[int, ...]) -> list[ScopedDict]:
-        """Return one for each of ``owns``. There may be hundreds: no bytecode for a single one."""
-        made = [*map(cls, owns)]
-        deque(map(cls.own.__set__, made, owns), maxlen=0)  # type: ignore[attr-defined]
+    def install(
+        cls,
+        owners: Sequence[Any],
+        groups: Sequence[tuple[int, str]],
+        group_of_each: Sequence[int],
+        scopes: tuple[int, ...],
+        scope: dict[int, dict[str, Any]],
+        installed: list[Installed],
+    ) -> list[dict[str, Any]] | None:
+        """Put a dict over each of several, if these are plain; else do nothing, and return None.
+
+        Args:
+            owners: The modules.
+            groups: For each dict the number of its module, and its name there.
+            group_of_each: The numbers of the dicts whose layers are returned.
+            scopes: The scopes in which they have layers.
+            scope: Gets a layer for each of them, by its id.
+            installed: Gets a place for each of them, before anything is put there.
+        """
+        homes, names = [vars(owners[number]) for number, _ in groups], [name for _, name in groups]
+        standing = read(homes, names)
+        if not {dict}.issuperset(map(type, standing)):
+            return None
+        made = [*map(cls, standing)]  # no bytecode for a single one: there may be hundreds
+        deque(map(cls.own.__set__, made, standing), maxlen=0)  # type: ignore[attr-defined]
         deque(map(cls.scopes.__set__, made, repeat(scopes)), maxlen=0)  # type: ignore[attr-defined]
-        return made
+        layers: list[dict[str, Any]] = [{} for _ in made]
+        of_each = [*map(layers.__getitem__, group_of_each)]
+        installed += zip(homes, names, made)  # type: ignore[arg-type]
+        scope.update(zip(map(id, made), layers))
+        put_in(homes, names, made)
+        return of_each
+
+    @classmethod
+    def uninstall(cls, installed: list[Installed], scopes: tuple[int, ...]) -> bool:
+        """Undo :meth:`install`, unless something came in between; then return False."""
+        homes, names, dicts = zip(*installed)
+        if [*map(_scopes_of, dicts)] != [scopes] * len(dicts) or not are_in(homes, names, dicts):
+            return False
+        put_in(homes, names, [*map(_own_of, dicts)])
+        return True
 
     def _read(self, key: str) -> Any:
+        """Return what whoever asks sees under ``key``, ``ABSENT`` for nothing."""
         layer = layer_over(self, key)
         return (self.own if layer is None else layer).get(key, ABSENT)
+
+    def __getitem__(self, key: str) -> Any:
+        try:
+            value = open_scopes.get()[-1][id(self)][key]  # as a rule
+        except (IndexError, KeyError):
+            value = self._read(key)
+        if value is ABSENT:
+            raise KeyError(key)
+        return value
+
+    def __contains__(self, key: object) -> bool:
+        try:
+            return open_scopes.get()[-1][id(self)][key] is not ABSENT
+        except (IndexError, KeyError):
+            return self._read(key) is not ABSENT  # type: ignore[arg-type]
+
+
+_Base = _BaseInPython
+if not TYPE_CHECKING and scoped_base is not None:
+    _Base = scoped_base(open_scopes, ABSENT)
+
+
+class ScopedDict(_Base):
+    """A dict of a module, with other values for those in a scope.
+
+    Its storage as a plain dict, which C code may look at, has the module's own entries, too.
+    """
+
+    __slots__ = ()
+
+    @classmethod
+    def over(cls, own: dict[str, Any]) -> ScopedDict:
+        """Return one that stands for ``own``, in no scope yet."""
+        made = cls(own)
+        made.own, made.scopes = own, ()
+        return made
 
     def get(self, key: str, default: Any = None) -> Any:
         value = self._read(key)
@@ -102,7 +149,7 @@ class ScopedDict(_Reads):
 
     def _keys(self) -> list[str]:
         """Return the module's own keys, and those of layers alone: others may delete a value."""
-        layers = [scope.layers.get(id(self)) for scope in open_scopes.get()]
+        layers = [scope.get(id(self)) for scope in open_scopes.get()]
         keys = list(self.own)
         return [*dict.fromkeys([*keys, *(key for layer in layers for key in list(layer or ()))])]
 

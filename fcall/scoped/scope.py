@@ -5,57 +5,62 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Sequence
-from operator import attrgetter
 from typing import Any
 
 from torch import nn
 
-from fcall.passes import are_same, put_in, read
+from fcall import _torch
 from fcall.scoped.attributes import ScopedAttribute
-from fcall.scoped.context import open_scopes, opened, set_scopes
-from fcall.scoped.dicts import ScopedDict
+from fcall.scoped.context import open_scopes, opened
+from fcall.scoped.dicts import Installed, ScopedDict
 
 __all__ = ["Scope", "ScopedCache"]
 
 _lock = threading.RLock()
 """Held while attributes of modules are replaced. Reentrant, for a finalizer may open a scope."""
 
-_attributes_of, _own_of, _scopes_of = map(attrgetter, ("__dict__", "own", "scopes"))
+_CacheOfScope = tuple["ScopedCache | None", dict[Any, Any]]
+
+_NO_CACHE: _CacheOfScope = (None, {})
 
 
-class Scope:
+class Scope(dict[int, dict[str, Any]]):
     """Values that stand in modules for whoever is in the scope.
 
-    What is inherited of a scope, by a thread or task that was started in it, ends when it does.
+    It holds what differs in it: layers, by the id of a :class:`ScopedDict`, or of a module. What is
+    inherited of a scope, by a thread or task that was started in it, ends when it does.
     """
 
-    __slots__ = ("_attributes", "_dicts", "_homes", "_names", "cache", "layers")
+    __slots__ = ("_attributes", "_installed", "_mine", "cache")
 
     def __init__(self) -> None:
-        self.layers: dict[int, dict[str, Any]] = {}
-        """What differs in here, by the id of a :class:`ScopedDict`, or of a module."""
-        self.cache: tuple[ScopedCache | None, dict[Any, Any]] = (None, {})
+        self.cache = _NO_CACHE
         """The last of the caches of ``parametrize`` used in here, and what stands in for it."""
-        self._dicts: list[ScopedDict] = []
-        self._homes: list[dict[str, Any]] = []
-        """For each of these the ``__dict__`` of the module that it stands in."""
-        self._names: list[str] = []
-        """And the key there."""
+        self._mine = (id(self),)
+        self._installed: list[Installed] = []
         self._attributes: list[ScopedAttribute] = []
 
     def open(self) -> None:
         """Enter the scope, in this thread or task."""
-        opened.add(id(self))
-        set_scopes((*[scope for scope in open_scopes.get() if id(scope) in opened], self))
+        with _lock:
+            opened.add(id(self))
+            around = open_scopes.get()
+            if around:
+                around = tuple([scope for scope in around if id(scope) in opened])
+            open_scopes.set((*around, self))
+            # Also where it is not used: it may be, in the scope.
+            cache = _torch.parametrization_cache(if_unused=True)
+            if cache is not None and type(cache) is not ScopedCache:
+                _torch.set_parametrization_cache(ScopedCache(cache))
 
     def close(self) -> None:
         """Leave it, be it the innermost or not, and be it open or not."""
         with _lock:
-            self.layers.clear()
-            self.cache = (None, {})
+            self.clear()
+            self.cache = _NO_CACHE
             opened.discard(id(self))
-            set_scopes(tuple([scope for scope in open_scopes.get() if scope is not self]))
-            if self._dicts:
+            self.hide()
+            if self._installed:
                 self._give_back_dicts()
             while self._attributes:
                 attribute = self._attributes[-1]
@@ -63,58 +68,66 @@ class Scope:
                 if not attribute.scopes:
                     attribute.uninstall()
                 self._attributes.pop()
+            if not opened:
+                cache = _torch.parametrization_cache(if_unused=True)
+                if type(cache) is ScopedCache:
+                    _torch.set_parametrization_cache(cache.own)
 
     def _give_back_dicts(self) -> None:
-        dicts, homes, names = self._dicts, self._homes, self._names
-        mine = (id(self),)
-        if [*map(_scopes_of, dicts)] == [mine] * len(dicts) and are_same(read(homes, names), dicts):
-            put_in(homes, names, [*map(_own_of, dicts)])
-        else:  # others are in a scope, or an interrupt came
-            for scoped, home, name in zip(dicts, homes, names):
-                scoped.scopes = tuple([number for number in scoped.scopes if (number,) != mine])
+        if not ScopedDict.uninstall(self._installed, self._mine):
+            # Others are in a scope, or an interrupt came.
+            for home, name, scoped in self._installed:
+                scoped.scopes = tuple([n for n in scoped.scopes if (n,) != self._mine])
                 if not scoped.scopes and home.get(name) is scoped:
                     home[name] = scoped.own
-        self._dicts, self._homes, self._names = [], [], []
+        self._installed = []
 
     def hide(self) -> tuple[Scope, ...]:
         """Leave it for a while, in this thread or task, and return what :meth:`show` needs."""
         before = open_scopes.get()
-        set_scopes(tuple([scope for scope in before if scope is not self]))
+        if before and before[-1] is self:  # as ever, but for generators and tasks
+            open_scopes.set(before[:-1])
+        else:
+            open_scopes.set(tuple([scope for scope in before if scope is not self]))
         return before
 
     def show(self, before: tuple[Scope, ...]) -> None:
         """Enter it again."""
-        set_scopes(before)
+        open_scopes.set(before)
 
     def layer_of_dict(self, owner: nn.Module, name: str) -> dict[str, Any]:
         """Return a dict whose entries stand, in this scope, in ``owner.__dict__[name]``."""
-        return self.layers_of_dicts([owner], [name])[0]
+        return self.layers_of_dicts([owner], [(0, name)], [0])[0]
 
     def layers_of_dicts(
-        self, owners: Sequence[nn.Module], names: Sequence[str]
+        self,
+        owners: Sequence[nn.Module],
+        groups: Sequence[tuple[int, str]],
+        group_of_each: Sequence[int],
     ) -> list[dict[str, Any]]:
-        """Do as :meth:`layer_of_dict` for several different dicts, each an owner's and a name."""
-        homes = [*map(_attributes_of, owners)]
-        mine = (id(self),)
+        """Do as :meth:`layer_of_dict` for different dicts, and return a layer for each place.
+
+        Args:
+            owners: The modules.
+            groups: For each dict the number of its owner, and its name there.
+            group_of_each: For each place the number of its dict.
+        """
         with _lock:
-            standing = read(homes, names)
-            if {*map(type, standing)} == {dict}:
-                dicts = ScopedDict.over(standing, mine)
-            else:
-                dicts = [
-                    entries if type(entries) is ScopedDict else ScopedDict.over([entries], ())[0]
-                    for entries in standing
-                ]
-                for scoped in dicts:
-                    scoped.scopes = (*{*scoped.scopes, *mine},)
-            # First, for a close after an interrupt.
-            self._names += names
-            self._homes += homes
-            self._dicts += dicts
-            put_in(homes, names, dicts)
-            numbers = [*map(id, dicts)]
-            fresh: list[dict[str, Any]] = [{} for _ in dicts]
-            return [*map(self.layers.setdefault, numbers, fresh)]
+            of_each = ScopedDict.install(
+                owners, groups, group_of_each, self._mine, self, self._installed
+            )
+            if of_each is None:  # some stand there already, or are not plain
+                layers = [self._layer_over(vars(owners[number]), name) for number, name in groups]
+                of_each = [*map(layers.__getitem__, group_of_each)]
+            return of_each
+
+    def _layer_over(self, home: dict[str, Any], name: str) -> dict[str, Any]:
+        entries = home[name]
+        scoped = entries if type(entries) is ScopedDict else ScopedDict.over(entries)
+        self._installed.append((home, name, scoped))  # first, for a close after an interrupt
+        scoped.scopes = (*{*scoped.scopes, *self._mine},)
+        home[name] = scoped
+        return self.setdefault(id(scoped), {})
 
     def layer_of_attributes(self, owner: nn.Module, kind: type, *names: str) -> dict[str, Any]:
         """Return a dict whose entries are, in this scope, attributes of ``owner``.
@@ -132,14 +145,15 @@ class Scope:
                 self._attributes.append(attribute)
                 attribute.scopes.add(id(self))
                 attribute.install()
-            return self.layers.setdefault(id(owner), {})
+            return self.setdefault(id(owner), {})
 
 
 class ScopedCache(dict[Any, Any]):
     """The cache of ``torch.nn.utils.parametrize``, with one of its own for each scope."""
 
+    __slots__ = ("own",)
+
     def __init__(self, own: dict[Any, Any]) -> None:
-        super().__init__()
         self.own = own
 
     def _seen(self) -> dict[Any, Any]:
