@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import fcall
 from compile_tests.support.compiled import backward, fresh, gradients, recording
@@ -48,6 +48,28 @@ def test_results_and_gradients(name: str) -> None:
         assert_close(gradients([p, xs]), gradients([same, x2]))
     assert len(graphs) == 2
     assert route_of(fn, p, xs)[1].kind == "fast"
+
+
+class Transposes(nn.Module):
+    """Changes the strides of a buffer, in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("square", torch.rand(3, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.square.t_()
+
+
+@pytest.mark.inductor  # whose code has the strides in it
+def test_a_call_that_changes_what_the_next_is_checked_against() -> None:
+    module, x = Transposes(), torch.rand(2, 3)
+    fn = fcall.compile(module)
+    p = state_of(module, seed=1)
+    same = fresh(p)
+    for _ in range(4):
+        assert_close(fn(p, x), call(module, same, x))
+        assert p["square"].stride() == same["square"].stride()
 
 
 def test_one_compilation_for_all_ways_to_give_the_same_weights() -> None:

@@ -16,24 +16,21 @@ from unittest import mock
 import torch
 from torch._inductor import config, cudagraph_trees, cudagraph_utils, output_code
 
-from fcall._torch import cuda_graphs
 from fcall.compiled import weight_sets
 
 
 @dataclass
 class Recordings:
-    """What was recorded, and copied, so far."""
+    """What was recorded so far of forwards, in order."""
 
-    forward: list[tuple[int, ...]] = field(default_factory=list)
-    """For each recording of a forward the addresses of its static inputs."""
-    not_static: set[int] = field(default_factory=set)
-    """How many inputs of a forward had to be copied into what was recorded."""
-    weights_copied: int = 0
-    """How many weights fcall copied to buffers of its own."""
+    static: list[tuple[int, ...]] = field(default_factory=list)
+    """For each recording the addresses of its static inputs."""
+    copied: list[int] = field(default_factory=list)
+    """How many inputs are copied into what was recorded, at each call."""
 
     def add(self, addresses: tuple[int, ...], others: int) -> None:
-        self.forward.append(addresses)
-        self.not_static.add(others)
+        self.static.append(addresses)
+        self.copied.append(others)
 
 
 @contextlib.contextmanager
@@ -46,18 +43,11 @@ def recordings(device: str, *, cached: bool = False) -> Iterator[Recordings]:
             finds nothing there that was compiled outside of here.
     """
     found = Recordings()
-    copy_all = cuda_graphs.copy_all
-
-    def count_copies(to: list[Any], tensors: list[Any]) -> None:
-        found.weights_copied += len(to)
-        copy_all(to, tensors)
-
     with contextlib.ExitStack() as stack:
 
         def patch(where: Any, name: str, replacement: Any) -> None:
             stack.enter_context(mock.patch.object(where, name, replacement))
 
-        patch(cuda_graphs, "copy_all", count_copies)
         if device == "cuda":
             patch(cudagraph_trees.CUDAGraphNode, "__init__", _counting_nodes(found))
         else:
@@ -88,6 +78,8 @@ def _standing_in(found: Recordings) -> Callable[..., None]:
         if compiled.fx_kwargs["is_backward"]:
             return
         static = tuple(compiled.fx_kwargs["static_input_idxs"] or ())
+        if not {*compiled.mutated_input_idxs} <= {*static}:
+            return  # torch records no graph that writes to inputs which it copies
         model = compiled.current_callable
         recorded = set()
 

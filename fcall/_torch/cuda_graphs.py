@@ -1,12 +1,10 @@
-"""The private modules of torch that tell CUDA graphs where to read, and what is in memory there."""
+"""The private modules of torch that tell CUDA graphs where to read."""
 
 from __future__ import annotations
 
-import contextlib
-import functools
-from collections.abc import Callable, Iterator, Sequence
-from itertools import compress
+from collections.abc import Callable, Sequence
 from operator import attrgetter
+from types import CodeType
 from typing import Any
 
 import torch
@@ -16,13 +14,10 @@ from fcall._torch import source_of
 
 __all__ = [
     "address_check",
-    "copy_all",
+    "are_in_graphs",
+    "code_of_this_trace",
     "inductor_setting",
     "mark_static",
-    "overlaps_itself",
-    "storage_users",
-    "with_facts_of_graphs",
-    "written_sources",
 ]
 
 
@@ -44,32 +39,6 @@ def mark_static(graph: GraphModule, is_static: Callable[[str], bool]) -> None:
             node.meta.setdefault("tensor_dict", {})["_dynamo_static_input_type"] = "unguarded"
 
 
-@contextlib.contextmanager
-def with_facts_of_graphs() -> Iterator[None]:
-    """Have AOTAutograd look at each graph itself, where its cache leaves nothing to be asked for.
-
-    Inductor, which takes most of the time, has a cache of its own.
-    """
-    from torch._functorch import config
-
-    with config.patch(enable_autograd_cache=False):
-        yield
-
-
-def written_sources(graph: GraphModule) -> list[str] | None:
-    """Return the sources of the inputs that a graph writes to in place, once it is compiled.
-
-    None where that cannot be found.
-    """
-    context = torch._guards.TracingContext.try_get()
-    facts = getattr(getattr(context, "fw_metadata", None), "input_info", ())
-    inputs = graph.graph.find_nodes(op="placeholder")
-    if len(facts) != len(inputs):
-        return None
-    written = [fact.mutates_data or fact.mutates_metadata for fact in facts]
-    return [source_of(node._dynamo_source) for node in compress(inputs, written)]
-
-
 def address_check(addresses: Sequence[int]) -> Callable[[list[torch.Tensor]], bool]:
     """Return the check that tensors are at these addresses."""
     expected, numbers = [*addresses], [*range(len(addresses))]
@@ -80,16 +49,20 @@ def address_check(addresses: Sequence[int]) -> Callable[[list[torch.Tensor]], bo
     return lambda tensors: compare(tensors, expected, numbers)  # type: ignore[no-any-return]
 
 
-def storage_users(storage: torch.UntypedStorage) -> Callable[[], int]:
-    """Return what tells how many tensors, and others, hold a storage. No public name."""
-    return functools.partial(torch._C._storage_Use_Count, storage._cdata)
+def are_in_graphs(addresses: Sequence[int]) -> bool:
+    """Whether one of these is in memory that the recorded CUDA graphs share."""
+    if not torch.cuda.is_available():
+        return False
+    of_graphs = [
+        (segment["address"], segment["address"] + segment["total_size"])
+        for segment in torch.cuda.memory_snapshot()
+        if segment.get("segment_pool_id", (0, 0)) != (0, 0)
+    ]
+    return any(start <= address < end for address in addresses for start, end in of_graphs)
 
 
-def copy_all(to: list[torch.Tensor], tensors: list[torch.Tensor]) -> None:
-    """Copy tensors of one dtype, in one kernel on a GPU. No public name."""
-    torch._foreach_copy_(to, tensors)
+def code_of_this_trace() -> CodeType:
+    """Return the code of the function that Dynamo is tracing, of which others are called."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
 
-
-def overlaps_itself(tensor: torch.Tensor) -> bool:
-    """Whether two elements are known to be one and the same in memory. No public name."""
-    return torch._debug_has_internal_overlap(tensor) == 1
+    return InstructionTranslator.current_tx().output.root_tx.f_code  # type: ignore[no-any-return]

@@ -5,7 +5,7 @@
 ``fast``                            what a fast call checks, before it runs the compiled code
 ``frames``                          what Dynamo compiles; ``inductor`` compiles its graphs
 ``structure``                       whether the module is built as it was
-``weight_sets``, ``buffers``        where CUDA graphs read their weights
+``weight_sets``                     which weights CUDA graphs read where they are
 ``cache``, ``record``, ``sources``  what was compiled, on disk
 ==================================  ===============================================================
 """

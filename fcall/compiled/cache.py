@@ -96,6 +96,7 @@ class Cache:
             torchs = compiling.artifacts()
             leaves, spec = _torch.pytree.tree_flatten((args, kwargs))
             parts: list[Any] = [_name(type(frame.module)), frame.method, frame.slots, frame.index]
+            parts.append(frame.is_static)
             parts += [self._inductor.settings, str(spec), torchs.global_state()]
             parts += [torch.is_inference_mode_enabled(), torchs.function_modes()]
             parts += [list(map(_kind, weights)), list(map(_kind, leaves))]
@@ -114,7 +115,7 @@ class Cache:
         try:
             payload = _unpacked(data, frame)
             found = self._restored(frame, variables, payload)
-            frame.restore(found, payload["written"])
+            frame.restored.append(found)
             return found
         except _StaleError as error:
             reason = str(error)
@@ -156,7 +157,8 @@ class Cache:
                 torchs.load(payload["compiled"])
             )
         code = torchs.load_code(payload["code"])
-        return Restored(guards.manager, frame.function(code, guards.globals), guards.alive)
+        run, is_recorded = frame.function(code, guards.globals), self._inductor.records_cuda_graphs
+        return Restored(guards.manager, run, guards.alive, is_recorded=is_recorded)
 
 
 def _packed(frame: Frame, variables: dict[str, Any], trace: Trace) -> bytes:
@@ -192,7 +194,6 @@ def _packed(frame: Frame, variables: dict[str, Any], trace: Trace) -> bytes:
         "name": name,
         "compiled": torchs.dump(trace.compiled),
         "libraries": trace.libraries,
-        "written": None if frame.sets is None else frame.sets.written,
     }
     head = json.dumps(header).encode()
     body = len(head).to_bytes(8, "big") + head + pickle.dumps(payload)
@@ -227,14 +228,19 @@ def _unpacked(data: bytes, frame: Frame) -> dict[str, Any]:
 class Restored(Compilation):
     """A compilation by another process."""
 
-    __slots__ = ("_alive",)
+    __slots__ = ("_alive", "_is_recorded", "_resets")
 
-    def __init__(self, guards: Any, run: FunctionType, alive: list[Any]) -> None:
+    def __init__(
+        self, guards: Any, run: FunctionType, alive: list[Any], *, is_recorded: bool
+    ) -> None:
         super().__init__(guards, run)
         self._alive = alive  # what guards know by its address, which none may have after it
+        self._is_recorded, self._resets = is_recorded, LeanInductor.resets
 
     def holds(self, scope: dict[str, Any]) -> bool:
         """Whether the code is right for a frame with these variables."""
+        if self._is_recorded and self._resets != LeanInductor.resets:
+            return False  # a reset frees the memory of CUDA graphs
         return self._check(scope)  # type: ignore[no-any-return]
 
 

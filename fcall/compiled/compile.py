@@ -20,7 +20,7 @@ from fcall.compiled.frames import Compile, Frame, Names, Result, as_plain
 from fcall.compiled.inductor import OPTION, LeanInductor
 from fcall.compiled.record import Record
 from fcall.compiled.structure import Hooks, hooks_of, same_hooks
-from fcall.compiled.weight_sets import STATIC_SETS, WeightSets, weight_sets
+from fcall.compiled.weight_sets import STATIC_SETS, weight_sets
 from fcall.given import Weights, merge, prepare, write_back
 from fcall.plan import binding_for
 
@@ -111,11 +111,12 @@ class CompiledCall:
         run: Callable[..., Result] = frame
         if self._cache is not None:
             run = partial(self._cache.call, frame)
-        result = frame.call(run, plain, args, kwargs)
+        # Before the call, which may change what it is compiled for: strides, say.
+        route = FastRoute(self.module, names, frame, weights, kept, inputs or ())
+        result = run(plain, args, kwargs)
         if compilations := frame.compilations():
-            self._add_route(
-                FastRoute(self.module, names, frame, compilations, weights, kept, inputs or ())
-            )
+            route.compilations = compilations
+            self._add_route(route)
         return self._finish(dicts, names, result)
 
     def _finish(self, dicts: Weights, names: Names, result: Result) -> Any:
@@ -125,6 +126,8 @@ class CompiledCall:
             by_slot = dict(changed)
             slots = enumerate(names.slot_of.values())
             new = {number: by_slot[slot] for number, slot in slots if slot in by_slot}
+            if self._static_sets is not None:  # or the next call writes to them
+                new = {number: value.clone() for number, value in new.items()}
             write_back(dicts, list(names.slot_of), new)
         return out
 
@@ -139,12 +142,19 @@ class CompiledCall:
 
     def _frame_for(self, names: Names, weights: tuple[Tensor, ...]) -> Frame:
         with self._lock:
-            for frame in self._frames:
-                if frame.is_for(self.module, names) and frame.accepts(*weights):
+            alike = [
+                frame
+                for frame in self._frames
+                if frame.is_for(self.module, names) and frame.accepts(*weights)
+            ]
+            sets = alike[0].sets if alike else weight_sets(weights, self._static_sets)
+            is_static = sets is not None and sets.take(weights)
+            for frame in alike:
+                if frame.is_static is is_static:
                     return frame
             record = Record() if self._cache is not None else None
-            sets = weight_sets(weights, self._static_sets)
-            frame = Frame(self.module, self._called, names, weights, self._compile, record, sets)
+            arguments = self.module, self._called, names, weights, self._compile, record
+            frame = Frame(*arguments, sets, is_static)
             self._frames = [frame, *self._frames[: KEPT - 1]]
             return frame
 
@@ -179,7 +189,7 @@ class _AsGiven:
 
         # Dynamo counts compilations, and gives up on too many, by code object.
         call.__code__ = call.__code__.replace()
-        return self._compile(call, False, None, None)
+        return self._compile(call, False, None, False)
 
 
 def _against_frames(inputs: list[Tensor] | None) -> str:
@@ -241,8 +251,8 @@ def compile(
             Inductor. It holds native code, and is to be trusted like code.
         static_sets: Where CUDA graphs are recorded, as with ``mode="reduce-overhead"``: how many
             sets of weights have a graph of their own, which reads them where they are; 8 if nothing
-            is said. It is the first set, and those whose addresses come back. Other weights are
-            copied, in one kernel for each dtype, to buffers that one more graph reads; with 0 all.
+            is said. It is the first set, and those whose addresses come back. Others are copied to
+            where one more graph reads them, which is compiled once there are some; with 0 all.
 
     Returns:
         A callable ``f(parameter_and_buffer_dicts, *args, **kwargs)``.
@@ -281,11 +291,12 @@ def compile(
         fn: Callable[..., Any],
         is_checked: bool,
         record: Record | None,
-        sets: WeightSets | None,
+        is_static: bool,
     ) -> Callable[..., Any]:
         """Return ``torch.compile`` of ``fn`` with these settings."""
         if is_checked and is_lean:
-            own = LeanInductor(mode, settings, dynamic, record, sets)
+            static_in = fn.__code__ if is_static else None
+            own = LeanInductor(mode, settings, dynamic, record, static_in)
             seen = None if record is None else {"guard_filter_fn": record.see_guards}
             return _compile(fn, own, None, dynamic, seen)
         return _compile(fn, backend, mode, dynamic, options)

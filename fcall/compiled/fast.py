@@ -63,7 +63,6 @@ class FastRoute:
         module: nn.Module,
         names: Names,
         frame: Frame,
-        compilations: list[Compilation],
         weights: Sequence[Tensor],
         kept: Sequence[Tensor],
         inputs: Sequence[Tensor],
@@ -80,9 +79,11 @@ class FastRoute:
         self._is_plain, self._is_usual = calls.is_plain, calls.is_usual
         self._tensors = calls.tensor_check([*weights, *kept], inputs)
         self._unchanged = Watch(module).unchanged
-        self._frame, self._scope = frame, frame.scope
+        self._takes = None if frame.sets is None else frame.takes
+        self._scope = frame.scope
         self._same = names.same
-        self._compilations = compilations
+        self.compilations: list[Compilation] = []
+        """What the frame has compiled, to be filled in."""
 
     def call(self, given: Mapping[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return the output and the tensors that the module reassigned by slot, or :data:`MISS`."""
@@ -100,10 +101,12 @@ class FastRoute:
         for one, other in self._same:
             if given[one] is not given[other]:
                 return MISS
+        if self._takes is not None and not self._takes(weights):
+            return MISS
         scope = {**self._scope, "weights": weights, "args": args, "kwargs": kwargs}
-        for compilation in self._compilations:
+        for compilation in self.compilations:
             if compilation.holds(scope):
-                return self._frame.call(compilation, weights, args, kwargs)
+                return compilation(weights, args, kwargs)
         return MISS
 
 

@@ -16,7 +16,7 @@ import dis
 import itertools
 import re
 import threading
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from operator import itemgetter
 from types import CodeType, FunctionType
 from typing import Any
@@ -35,9 +35,9 @@ from fcall.plan import binding_for, plan_for
 
 __all__ = ["Compilation", "Compile", "Frame", "Names", "as_plain"]
 
-Compile = Callable[[Callable[..., Any], bool, Record | None, WeightSets | None], Callable[..., Any]]
-"""Compiles a function. Whether who calls it has checked the weights and inputs; its record, and
-what decides where its weights are read, if any."""
+Compile = Callable[[Callable[..., Any], bool, Record | None, bool], Callable[..., Any]]
+"""Compiles a function. Whether who calls it has checked the weights and inputs; its record, if any;
+whether CUDA graphs are to read its weights where they are."""
 
 _numbers = itertools.count()
 
@@ -71,7 +71,10 @@ class Names:
 
 
 class Frame:
-    """A compiled function of weights, args and kwargs, for one choice of slots."""
+    """A compiled function of weights, args and kwargs, for one choice of slots.
+
+    With ``sets``, it has a twin: see :mod:`fcall.compiled.weight_sets`.
+    """
 
     def __init__(
         self,
@@ -82,9 +85,10 @@ class Frame:
         compile: Compile,
         record: Record | None = None,
         sets: WeightSets | None = None,
+        is_static: bool = False,
     ) -> None:
         self.module, self.method, self.record = module, method, record
-        self.sets = sets
+        self.sets, self.is_static = sets, is_static
         self.slots, self.index = names.slots, names.index
         self.binding = binding_for(module, tuple(self.slots), tie_weights=True, strict=False)
         self.hooks = hooks_of(module)
@@ -137,7 +141,7 @@ class Frame:
         """What Dynamo's guards find in the frame besides its arguments."""
         self.restored: list[Compilation] = []
         """Compilations by other processes."""
-        self._compiled = compile(call, True, record, sets)
+        self._compiled = compile(call, True, record, is_static)
         self._first_call = threading.RLock()
         self._was_called = False
 
@@ -152,28 +156,11 @@ class Frame:
             self._was_called = True
             return result
 
-    def call(
-        self,
-        run: Callable[..., Result],
-        weights: tuple[Tensor, ...],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Result:
-        """Call what was made of this frame: with copies of the weights, if CUDA graphs need it."""
+    def takes(self, weights: Sequence[Tensor]) -> bool:
+        """Whether these weights are for this frame, and not for its twin."""
         if self.sets is None:
-            return run(weights, args, kwargs)
-        result: Result = self.sets.call(
-            lambda placed: run(placed, args, kwargs),
-            weights,
-            is_one_graph=isinstance(run, Compilation),
-        )
-        return result
-
-    def restore(self, compilation: Compilation, written: Iterable[int] | None) -> None:
-        """Add what another process compiled, which writes to some of the weights in place."""
-        if self.sets is not None:
-            self.sets.note_written(written)
-        self.restored.append(compilation)
+            return True
+        return self.sets.have(weights) if self.is_static else not self.sets.take(weights)
 
     def is_for(self, module: nn.Module, names: Names) -> bool:
         """Whether it is for these slots, and the module as it is built now."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
+from types import CodeType
 from typing import Any
 
 from torch.fx import GraphModule
@@ -10,7 +11,6 @@ from torch.fx import GraphModule
 from fcall._torch import compiling, cuda_graphs
 from fcall.compiled.frames import WEIGHT
 from fcall.compiled.record import Record
-from fcall.compiled.weight_sets import WeightSets
 
 __all__ = ["LeanInductor"]
 
@@ -28,10 +28,12 @@ class LeanInductor:
     option asserts that other people's operators return what they said they would; so it stays on
     for a graph that has such operators.
 
-    With ``sets``, which see to it that they can, CUDA graphs read the weights where they are.
+    In graphs of the code ``static_in``, CUDA graphs read the weights where they are.
     """
 
     compiler_name = "inductor"
+    resets = 0
+    """How often torch was made to forget all compilations, and the memory of CUDA graphs."""
 
     def __init__(
         self,
@@ -39,9 +41,9 @@ class LeanInductor:
         options: Mapping[str, Any] | None,
         dynamic: bool | None,
         record: Record | None = None,
-        sets: WeightSets | None = None,
+        static_in: CodeType | None = None,
     ) -> None:
-        self._record, self._sets = record, sets
+        self._record, self._static_in = record, static_in
         self.settings = f"{mode} {sorted((options or {}).items())} {dynamic}"
         """A text that tells these from others."""
         self._full = compiling.inductor(mode, options, dynamic)
@@ -50,20 +52,11 @@ class LeanInductor:
 
     def __call__(self, graph: GraphModule, inputs: Any) -> Any:
         inductor = self._lean if _is_all_of_torch(graph) else self._full
-        if self._sets is None:
-            return self._compile(inductor, graph, inputs)
-        cuda_graphs.mark_static(graph, lambda source: WEIGHT.fullmatch(source) is not None)
-        compiled = self._compile(inductor, graph, inputs)
-        sources = cuda_graphs.written_sources(graph)
-        self._sets.note_written(None if sources is None else _weights_among(sources))
-        return compiled
-
-    def _compile(self, inductor: Callable[..., Any], graph: GraphModule, inputs: Any) -> Any:
+        # Graphs of other functions, which are called after a graph break, have other weights.
+        if self._static_in is not None and self._static_in is cuda_graphs.code_of_this_trace():
+            cuda_graphs.mark_static(graph, lambda source: WEIGHT.fullmatch(source) is not None)
         if self._record is not None:
             return self._record.compile(inductor, graph, inputs)
-        if self._sets is not None:
-            with cuda_graphs.with_facts_of_graphs():
-                return inductor(graph, inputs)
         return inductor(graph, inputs)
 
     @property
@@ -78,11 +71,8 @@ class LeanInductor:
 
     def reset(self) -> None:
         """Do what torch does for Inductor when it forgets all compilations."""
+        LeanInductor.resets += 1
         self._full.reset()  # type: ignore[attr-defined]
-
-
-def _weights_among(sources: Iterable[str]) -> list[int]:
-    return [int(match[1]) for match in map(WEIGHT.fullmatch, sources) if match]
 
 
 def _is_all_of_torch(graph: GraphModule) -> bool:
