@@ -75,8 +75,10 @@ class CompiledCall:
         for route in self._routes:
             result = route.call(given, args, kwargs)
             if result is not MISS:
-                routes.record(self._class_name, routes.FAST)
-                return self._finish(dicts, route.names, result)
+                if routes.recordings:
+                    routes.record(self._class_name, routes.FAST)
+                out, changed = result
+                return self._finish(dicts, route.names, result) if changed else out
         return self._call_through_dynamo(dicts, given, args, kwargs)
 
     def __repr__(self) -> str:
