@@ -82,6 +82,7 @@ class Binding(NamedTuple):
 
 
 TENSORS = (torch.Tensor, nn.Parameter)
+IS_META: Any = torch.Tensor.is_meta
 """The classes of nearly all values."""
 
 
@@ -92,7 +93,7 @@ def is_tensor_like(value: Any) -> bool:
 
 def are_real_tensors(values: Sequence[Any]) -> bool:
     """Whether all are plain tensors or parameters, and none is on meta."""
-    return are_plain(values, TENSORS, torch.Tensor.is_meta)
+    return are_plain(values, TENSORS, IS_META)
 
 
 def owner_at(module: nn.Module, path: str) -> nn.Module:

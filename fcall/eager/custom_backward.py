@@ -67,7 +67,8 @@ def follow_custom_functions() -> None:
         init(self, *args, **kwargs)
         swaps = active()
         if swaps and self._forward_cls not in own:
-            swaps[-1].at_end.append(functools.partial(_rebind, weakref.ref(self)))
+            rebind = functools.partial(_rebind, weakref.ref(self))
+            swaps[-1].at_end = (*swaps[-1].at_end, rebind)
 
     node.__init__ = ours(noting_init)  # type: ignore[method-assign]
 

@@ -48,6 +48,8 @@ class Swap(ABC):
     # Defaults on the class: to set them for each call would take a good part of its time.
     changed: Mapping[int, Any] = MappingProxyType({})
     """What the module reassigned, by the numbers of the values; known when the context ends."""
+    at_end: Sequence[Callable[[], None]] = ()
+    """What is to be done when the context ends, before values are taken out."""
     given: Sequence[Any] = ()
     """For each place the value that was written first."""
     in_force = False
@@ -58,8 +60,6 @@ class Swap(ABC):
     def __init__(self, substitution: Substitution, values: tuple[Any, ...]) -> None:
         self.substitution = substitution
         self.values = values
-        self.at_end: list[Callable[[], None]] = []
-        """What is to be done when the context ends, before values are taken out."""
 
     @abstractmethod
     def _put_in(self, values: Sequence[Any], originals: Sequence[Any] | None = None) -> None:
@@ -94,7 +94,8 @@ class Swap(ABC):
             return
         try:
             while self.at_end:
-                self.at_end.pop(0)()
+                do, *self.at_end = self.at_end
+                do()
         finally:
             after = self.take_out()  # the same again if it is called again
             if after is not self.given and not are_same(after, self.given):
