@@ -14,7 +14,7 @@ from perf.timing import DEVICE, WAITS
 # Before JAX is imported. It would take most of a GPU's memory for itself.
 os.environ.setdefault("JAX_PLATFORMS", DEVICE.type)
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false")
+os.environ.setdefault("NPROC", "1")  # the threads of its pool on the CPU, as torch has one
 
 import jax
 from jax import numpy as jnp
