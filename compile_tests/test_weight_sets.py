@@ -19,6 +19,7 @@ from torch._inductor import cudagraph_trees
 import fcall
 from compile_tests.support.compiled import backward, fresh, gradients
 from compile_tests.support.devices import CUDA, Values, values_of
+from compile_tests.support.fast import route_of
 from compile_tests.support.models import MLP
 from compile_tests.support.oracle import assert_close, in_float64, loaded, unchanged
 from compile_tests.support.recorded import Recordings, recordings
@@ -139,6 +140,9 @@ WRITERS: dict[str, Callable[[], nn.Module]] = {
     "gradients": Recurrent,
     "strides": Transposed,
 }
+
+
+TREES = {"triton.cudagraphs": True}
 
 
 @pytest.fixture
@@ -306,6 +310,18 @@ def test_sets_with_common_weights(device: str, found: Recordings) -> None:
     assert len(found.static) == 4
 
 
+def test_a_call_counts_once(device: str, found: Recordings) -> None:
+    """Also one that finds nothing compiled for its inputs, and goes through Dynamo."""
+    call = Call(MLP(), device)
+    sets = [call.values(seed) for seed in range(4)]
+    for given in sets[:2]:
+        call.check(given)
+    for size, given in zip((5, 7), sets[2:]):
+        call.x = torch.rand(size, 3, device=device)
+        call.check(given)
+    assert [graphs_of(found, given) for given in sets[1:]] == [0, 0, 0]
+
+
 def test_resized_weights(device: str, found: Recordings) -> None:
     call = Call(nn.Linear(3, 4, bias=False), device)
     given = {"weight": torch.rand(4, 3, device=device)}
@@ -348,6 +364,20 @@ def test_state_that_is_kept(device: str, found: Recordings) -> None:
             assert_close(call.fn(given, call.x), call.x + max(step - 1, 0))
             kept.append(given["now"])
     assert_close(kept, [torch.full((3,), step + 1.0, device=device) for step in range(6)])
+
+
+def test_state_of_a_call_that_is_compiled_as_it_is_given(device: str, found: Recordings) -> None:
+    call = Call(Previous(), device)
+    given = {name: torch.zeros(3, device=device) for name in ("now", "before")}
+    kept = []
+    with torch.no_grad():
+        for step in range(5):
+            x = given["now"]  # a weight that is an input, too
+            out, route = route_of(call.fn, given, x)
+            assert "in two places" in route.reason
+            assert_close(out, x + max(step - 1, 0))
+            kept.append(given["now"])
+    assert_close(kept, [torch.full((3,), step + 1.0, device=device) for step in range(5)])
 
 
 def test_an_output_that_is_a_weight(device: str, found: Recordings) -> None:
@@ -442,13 +472,14 @@ def test_what_is_kept_on_disk(device: str, tmp_path: Path, monkeypatch: pytest.M
             for given in sets * 2:
                 call.check(given)
             assert sum(graphs_of(found, given) for given in sets) == 1
-            torch.compiler.reset()
-            for kind in ("guarded", "fast"):  # the memory of what was recorded is gone
-                with fcall.record_routes() as routes:
-                    call.check(sets[0])
-                assert kind in {route.kind for route in routes}
-                for given in sets:
-                    call.check(given)
+            for _ in range(2):
+                torch.compiler.reset()
+                for kind in ("guarded", "fast"):  # the memory of what was recorded is gone
+                    with fcall.record_routes() as routes:
+                        call.check(sets[0])
+                    assert kind in {route.kind for route in routes}
+                    for given in sets:
+                        call.check(given)
         assert (torch._dynamo.utils.counters["stats"]["unique_graphs"] == 0) is kept
 
 
@@ -461,12 +492,22 @@ def test_what_is_kept_on_disk(device: str, tmp_path: Path, monkeypatch: pytest.M
         {"static_sets": -1, "mode": "reduce-overhead"},
         {"static_sets": 1.5, "mode": "reduce-overhead"},
         {"static_sets": True, "mode": "reduce-overhead"},
+        {"static_sets": 1, "options": {**TREES, "triton.cudagraph_trees": False}},
     ],
     ids=str,
 )
 def test_a_number_that_is_none_or_of_no_use(device: str, options: dict[str, Any]) -> None:
     with pytest.raises(fcall.errors.StaticSetsError, match="a number from 0, where CUDA graphs"):
         fcall.compile(nn.Linear(1, 1), **options)
+
+
+def test_without_trees_of_graphs_all_is_copied(device: str, found: Recordings) -> None:
+    """Only trees of graphs compare addresses: else what is static is read where it was."""
+    call = Call(MLP(), device)
+    call.fn = fcall.compile(call.module, options={**TREES, "triton.cudagraph_trees": False})
+    for given in [call.values(seed) for seed in range(2)] * 2:
+        call.check(given)
+    assert not any(found.static)
 
 
 def test_without_cuda_graphs_nothing_is_copied(device: str, found: Recordings) -> None:

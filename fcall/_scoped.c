@@ -148,10 +148,12 @@ prepare(PyTypeObject *cls, PyObject *owners, PyObject *group, PyObject *scopes, 
         Py_DECREF(home);
         return PyErr_Occurred() ? -1 : 0;
     }
+    Py_INCREF(own); /* a finalizer may replace it meanwhile */
     PyObject *scoped = over(cls, own, scopes), *layer = PyDict_New();
     PyObject *place = scoped ? PyTuple_Pack(3, home, name, scoped) : NULL;
     int done = place && layer && PyList_Append(places, place) == 0 &&
                PyList_Append(layers, layer) == 0;
+    Py_DECREF(own);
     Py_DECREF(home);
     Py_XDECREF(scoped);
     Py_XDECREF(layer);

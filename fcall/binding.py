@@ -82,8 +82,10 @@ class Binding(NamedTuple):
 
 
 TENSORS = (torch.Tensor, nn.Parameter)
-IS_META: Any = torch.Tensor.is_meta
 """The classes of nearly all values."""
+
+IS_META: Any = torch.Tensor.is_meta
+"""The flag of tensors that hold no values, as the class has it."""
 
 
 def is_tensor_like(value: Any) -> bool:

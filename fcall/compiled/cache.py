@@ -115,7 +115,7 @@ class Cache:
         try:
             payload = _unpacked(data, frame)
             found = self._restored(frame, variables, payload)
-            frame.restored.append(found)
+            frame.restored = [*(old for old in frame.restored if old.is_current()), found]
             return found
         except _StaleError as error:
             reason = str(error)
@@ -152,6 +152,8 @@ class Cache:
             if not (folder / name).exists():
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 _write(folder / name, library)
+        # At a reset Dynamo tells its backends, and forgets them: this has it tell us of the next.
+        torch.compile(lambda: None, backend=self._inductor)
         with torchs.with_options(self._inductor.patches):
             guards.globals[payload["name"]] = torch.compiler.disable(
                 torchs.load(payload["compiled"])
@@ -237,11 +239,13 @@ class Restored(Compilation):
         self._alive = alive  # what guards know by its address, which none may have after it
         self._is_recorded, self._resets = is_recorded, LeanInductor.resets
 
+    def is_current(self) -> bool:
+        """Whether it can be right for any frame: a reset frees the memory of CUDA graphs."""
+        return not self._is_recorded or self._resets == LeanInductor.resets
+
     def holds(self, scope: dict[str, Any]) -> bool:
         """Whether the code is right for a frame with these variables."""
-        if self._is_recorded and self._resets != LeanInductor.resets:
-            return False  # a reset frees the memory of CUDA graphs
-        return self._check(scope)  # type: ignore[no-any-return]
+        return self.is_current() and self._check(scope)  # type: ignore[no-any-return]
 
 
 class _Guards:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -106,17 +107,26 @@ class CompiledCall:
             reason = _against_tensors(weights, [*weights, *kept, *(inputs or ())])
         routes.record(self._class_name, routes.GUARDED, reason)
         if reason:
-            return self._as_given(dicts, args, kwargs)
+            before = dict(given)
+            out = self._as_given(dicts, args, kwargs)
+            if self._static_sets is not None:
+                pairs = enumerate(merge(dicts).items())
+                new = {i: value for i, (name, value) in pairs if value is not before[name]}
+                write_back(dicts, list(before), _cloned(new))
+            return out
         own = {id(tensor) for tensor in (*self.module.parameters(), *self.module.buffers())}
         plain = tuple([as_plain(weight, own) for weight in weights])
         frame = self._frame_for(names, plain)
         run: Callable[..., Result] = frame
         if self._cache is not None:
             run = partial(self._cache.call, frame)
-        # Before the call, which may change what it is compiled for: strides, say.
-        route = FastRoute(self.module, names, frame, weights, kept, inputs or ())
+        route = None
+        if not frame.breaks:  # before the call, which may change what it is compiled for: strides
+            route = FastRoute(self.module, names, frame, weights, kept, inputs or ())
         result = run(plain, args, kwargs)
-        if compilations := frame.compilations():
+        compilations = frame.compilations()
+        frame.breaks = not compilations
+        if route is not None and compilations:
             route.compilations = compilations
             self._add_route(route)
         return self._finish(dicts, names, result)
@@ -128,8 +138,8 @@ class CompiledCall:
             by_slot = dict(changed)
             slots = enumerate(names.slot_of.values())
             new = {number: by_slot[slot] for number, slot in slots if slot in by_slot}
-            if self._static_sets is not None:  # or the next call writes to them
-                new = {number: value.clone() for number, value in new.items()}
+            if self._static_sets is not None:
+                new = _cloned(new)
             write_back(dicts, list(names.slot_of), new)
         return out
 
@@ -216,6 +226,11 @@ def _against_tensors(weights: Sequence[Any], all_tensors: Sequence[Any]) -> str:
     return ""
 
 
+def _cloned(state: Mapping[int, Tensor]) -> dict[int, Tensor]:
+    """Return what a CUDA graph has put out, out of reach of the next call, which writes there."""
+    return {number: value.clone() for number, value in state.items()}
+
+
 def _keep_newest(cache: dict[Any, Any], key: Any, value: Any) -> None:
     cache.pop(key, None)
     for oldest in list(cache)[: 1 - KEPT]:
@@ -257,7 +272,8 @@ def compile(
             where one more graph reads them, which is compiled once there are some; with 0 all.
 
     Returns:
-        A callable ``f(parameter_and_buffer_dicts, *args, **kwargs)``.
+        A callable ``f(parameter_and_buffer_dicts, *args, **kwargs)``. With CUDA graphs, the next
+        call writes to the memory of its outputs: clone what is kept.
 
     Raises:
         StaticSetsError: ``static_sets`` is no such number, or there are no CUDA graphs
@@ -280,9 +296,10 @@ def compile(
     is_lean = backend == "inductor" and not settings.keys() & OF_INDUCTOR
     lean = LeanInductor(mode, settings, dynamic) if is_lean else None
     has_graphs = lean is not None and lean.records_cuda_graphs
+    most = sys.maxsize if lean is not None and lean.compares_addresses else 0
     if static_sets is None:
-        static_sets = STATIC_SETS if has_graphs else None
-    elif not has_graphs or type(static_sets) is not int or static_sets < 0:
+        static_sets = min(STATIC_SETS, most) if has_graphs else None
+    elif not has_graphs or type(static_sets) is not int or not 0 <= static_sets <= most:
         asked = f"with backend={backend!r}, mode={mode!r}, options={options!r}"
         errors.fail(errors.StaticSetsError, static_sets, asked)
     if cache is not None and lean is None:

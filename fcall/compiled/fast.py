@@ -25,7 +25,8 @@ grad mode, autocast, deterministic mode,
 default dtype and device, threads, modes of
 torch functions
 what guards know by its id was freed; all      :meth:`Compilation.holds`; those read from disk,
-compilations were reset                        guarded all the same, outlive a reset
+compilations were reset                        guarded all the same, outlive a reset, unless they
+                                               are recorded as CUDA graphs
 the addresses of weights, for CUDA graphs      :class:`fcall.compiled.weight_sets.WeightSets`
 =============================================  ==================================================
 
@@ -101,11 +102,12 @@ class FastRoute:
         for one, other in self._same:
             if given[one] is not given[other]:
                 return MISS
-        if self._takes is not None and not self._takes(weights):
-            return MISS
         scope = {**self._scope, "weights": weights, "args": args, "kwargs": kwargs}
         for compilation in self.compilations:
             if compilation.holds(scope):
+                # Last: it takes note of weights, which in a call that goes on would count twice.
+                if self._takes is not None and not self._takes(weights):
+                    return MISS
                 return compilation(weights, args, kwargs)
         return MISS
 

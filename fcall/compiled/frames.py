@@ -139,6 +139,8 @@ class Frame:
         cells = zip(call.__code__.co_freevars, call.__closure__ or ())
         self.scope = {name: cell.cell_contents for name, cell in cells}
         """What Dynamo's guards find in the frame besides its arguments."""
+        self.breaks = False
+        """Whether the last guarded call left nothing that can be called without Dynamo."""
         self.restored: list[Compilation] = []
         """Compilations by other processes."""
         self._compiled = compile(call, True, record, is_static)
@@ -245,8 +247,8 @@ def _is_one_graph(code: CodeType) -> bool:
     return "functional_call" not in used and any(n.startswith("__compiled_fn") for n in used)
 
 
-WEIGHT = re.compile(r"L\['weights'\]\[(\d+)\]")
-"""The source of a weight itself, with its number."""
+WEIGHT = re.compile(r"L\['weights'\]\[\d+\]")
+"""The source of a weight itself."""
 
 CHECKED = {"AUTOGRAD_SAVED_TENSORS_HOOKS"}
 """Kinds of guards that take long, on what calls are checked for: ``is_plain`` of ``compiling``."""
@@ -284,6 +286,10 @@ class Compilation:
             # As torch.compile does: the code enters transforms without try and finally.
             self._undo_transforms(0)
             raise
+
+    def is_current(self) -> bool:
+        """Whether it can be right for any frame."""
+        return self._guards.cache_entry is not None
 
     def holds(self, scope: dict[str, Any]) -> bool:
         """Whether the code is right for a frame with these variables."""

@@ -65,6 +65,12 @@ class LeanInductor:
         return bool(self.patches.get(CUDA_GRAPHS, cuda_graphs.inductor_setting(CUDA_GRAPHS)))
 
     @property
+    def compares_addresses(self) -> bool:
+        """Whether graphs are recorded anew for static inputs at other addresses: trees of them."""
+        name = "triton.cudagraph_trees"
+        return bool(self.patches.get(name, cuda_graphs.inductor_setting(name)))
+
+    @property
     def patches(self) -> dict[str, Any]:
         """What differs from Inductor's own settings."""
         return self._lean.config  # type: ignore[attr-defined, no-any-return]
