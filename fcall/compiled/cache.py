@@ -245,7 +245,7 @@ class Restored(Compilation):
 
     def holds(self, scope: dict[str, Any]) -> bool:
         """Whether the code is right for a frame with these variables."""
-        return self.is_current() and self._check(scope)  # type: ignore[no-any-return]
+        return self.is_current() and self._check(scope)
 
 
 class _Guards:
