@@ -134,13 +134,13 @@ $(VENV)/.installed-base: pyproject.toml constraints.txt | $(BIN)/python
 	@$(PIP_INSTALL) torch
 	@touch $@
 
-$(VENV)/.installed-%: $(VENV)/.installed-base pyproject.toml constraints.txt fcall/_passes.c fcall/_scoped.c
+$(VENV)/.installed-%: $(VENV)/.installed-base pyproject.toml constraints.txt fcall/_passes.c fcall/_scoped.c fcall/_sequences.h
 	@echo "fcall: installing fcall for editing, with what '$*' needs"
 	@$(PIP_INSTALL) --no-build-isolation -e '.[$(EXTRAS_$*)]'
 	@touch $@
 
 # From the same pins, but for those of the packages that only the peers need.
-$(PEERS_VENV)/.installed: pyproject.toml constraints.txt perf/peers.txt fcall/_passes.c fcall/_scoped.c | $(BIN)/python
+$(PEERS_VENV)/.installed: pyproject.toml constraints.txt perf/peers.txt fcall/_passes.c fcall/_scoped.c fcall/_sequences.h | $(BIN)/python
 	@echo "fcall: making $(PEERS_VENV), with torch, tensordict and JAX (large: this can take minutes)"
 	@$(PYTHON) -m venv $(PEERS_VENV)
 	@$(PEERS_VENV)/bin/python -m pip install -qq -c constraints.txt --upgrade pip

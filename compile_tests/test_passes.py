@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from compile_tests.support.needs import need
+from compile_tests.support.needs import need_c
 from fcall import passes
 from fcall.identity import identities
 from fcall.passes import ABSENT, STORES
@@ -35,7 +35,7 @@ PYTHON = SimpleNamespace(
 
 def in_c() -> Any:
     """The passes in C, or a skip."""
-    need("c", "" if passes.IN_C else "fcall._passes was not built: it needs a C compiler")
+    need_c()
     return passes
 
 

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from compile_tests.support.needs import need
+from compile_tests.support.needs import need_c
 from fcall import passes
 from fcall.passes import ABSENT
 from fcall.scoped.context import open_scopes
@@ -28,7 +28,7 @@ class InPython(_BaseInPython):
 
 def in_c() -> Any:
     """A class of dicts whose base is the one in C, or a skip."""
-    need("c", "" if passes.IN_C else "fcall._scoped was not built: it needs a C compiler")
+    need_c()
     return ScopedDict
 
 

@@ -4,13 +4,10 @@
    entry is read. Anything else is left to Python.
 */
 
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
+#include "_sequences.h"
+
 #include <stddef.h>
 #include <structmember.h>
-
-/* That of passes.py, of which this is a part. */
-#define REVISION 2
 
 typedef struct {
     PyDictObject dict;
@@ -20,14 +17,6 @@ typedef struct {
 
 /* Set by scoped_base(): the context variable of the scopes of whoever asks; ABSENT. */
 static PyObject *open_scopes, *absent;
-
-static int
-expect(int holds, const char *what)
-{
-    if (!holds)
-        PyErr_SetString(PyExc_TypeError, what);
-    return holds;
-}
 
 /* A borrowed reference to its id. */
 static inline PyObject *
@@ -176,30 +165,6 @@ commit(PyObject *places, PyObject *layers, PyObject *scope, PyObject *installed)
             return -1;
     }
     return 0;
-}
-
-/* A list of the layers with these numbers. */
-static PyObject *
-pick(PyObject *layers, PyObject *numbers)
-{
-    Py_ssize_t count = Py_SIZE(numbers);
-    PyObject *picked = PyList_New(count);
-    for (Py_ssize_t i = 0; picked != NULL && i < count; i++) {
-        Py_ssize_t number = PyLong_AsSsize_t(PySequence_Fast_GET_ITEM(numbers, i));
-        if (number < 0 || number >= PyList_GET_SIZE(layers)) {
-            if (!PyErr_Occurred())
-                PyErr_SetString(PyExc_IndexError, "install() was given no such group");
-            Py_CLEAR(picked);
-        } else
-            PyList_SET_ITEM(picked, i, Py_NewRef(PyList_GET_ITEM(layers, number)));
-    }
-    return picked;
-}
-
-static inline int
-is_sequence(PyObject *thing)
-{
-    return PyList_Check(thing) || PyTuple_Check(thing);
 }
 
 static PyObject *

@@ -9,6 +9,7 @@ import os
 
 import pytest
 
+from fcall import passes
 from fcall._torch import triton
 
 
@@ -19,6 +20,11 @@ def need(what: str, problem: str) -> None:
     if what in os.environ.get("FCALL_MUST_RUN", "").split(","):
         pytest.fail(f"{what} must run here (FCALL_MUST_RUN), but: {problem}", pytrace=False)
     pytest.skip(problem)
+
+
+def need_c() -> None:
+    """For tests of what is in C."""
+    need("c", "" if passes.IN_C else "fcall's C was not built: it needs a C compiler")
 
 
 def need_triton() -> None:
