@@ -112,7 +112,7 @@ class CompiledCall:
             if self._static_sets is not None:
                 pairs = enumerate(merge(dicts).items())
                 new = {i: value for i, (name, value) in pairs if value is not before[name]}
-                write_back(dicts, list(before), _cloned(new))
+                self._write_back(dicts, list(before), new)
             return out
         own = {id(tensor) for tensor in (*self.module.parameters(), *self.module.buffers())}
         plain = tuple([as_plain(weight, own) for weight in weights])
@@ -138,10 +138,13 @@ class CompiledCall:
             by_slot = dict(changed)
             slots = enumerate(names.slot_of.values())
             new = {number: by_slot[slot] for number, slot in slots if slot in by_slot}
-            if self._static_sets is not None:
-                new = _cloned(new)
-            write_back(dicts, list(names.slot_of), new)
+            self._write_back(dicts, list(names.slot_of), new)
         return out
+
+    def _write_back(self, dicts: Weights, names: list[str], new: dict[int, Tensor]) -> None:
+        if self._static_sets is not None:  # the next call writes to what a CUDA graph has put out
+            new = {number: value.clone() for number, value in new.items()}
+        write_back(dicts, names, new)
 
     def _names_for(self, given: tuple[str, ...]) -> Names:
         binding = binding_for(self.module, given, tie_weights=True, strict=False)
@@ -226,11 +229,6 @@ def _against_tensors(weights: Sequence[Any], all_tensors: Sequence[Any]) -> str:
     return ""
 
 
-def _cloned(state: Mapping[int, Tensor]) -> dict[int, Tensor]:
-    """Return what a CUDA graph has put out, out of reach of the next call, which writes there."""
-    return {number: value.clone() for number, value in state.items()}
-
-
 def _keep_newest(cache: dict[Any, Any], key: Any, value: Any) -> None:
     cache.pop(key, None)
     for oldest in list(cache)[: 1 - KEPT]:
@@ -293,8 +291,8 @@ def compile(
         tensor([[3., 3.]])
     """
     settings = options or {}
-    is_lean = backend == "inductor" and not settings.keys() & OF_INDUCTOR
-    lean = LeanInductor(mode, settings, dynamic) if is_lean else None
+    can_be_lean = backend == "inductor" and not settings.keys() & OF_INDUCTOR
+    lean = LeanInductor(mode, settings, dynamic) if can_be_lean else None
     has_graphs = lean is not None and lean.records_cuda_graphs
     most = sys.maxsize if lean is not None and lean.compares_addresses else 0
     if static_sets is None:
@@ -302,9 +300,11 @@ def compile(
     elif not has_graphs or type(static_sets) is not int or not 0 <= static_sets <= most:
         asked = f"with backend={backend!r}, mode={mode!r}, options={options!r}"
         errors.fail(errors.StaticSetsError, static_sets, asked)
-    if cache is not None and lean is None:
-        errors.fail(errors.UncachedBackendError, backend)
-    kept = Cache(cache, lean) if cache is not None and lean is not None else None
+    kept = None
+    if cache is not None:
+        if lean is None:
+            errors.fail(errors.UncachedBackendError, backend)
+        kept = Cache(cache, lean)
 
     def compile(
         fn: Callable[..., Any],
@@ -313,7 +313,7 @@ def compile(
         is_static: bool,
     ) -> Callable[..., Any]:
         """Return ``torch.compile`` of ``fn`` with these settings."""
-        if is_checked and is_lean:
+        if is_checked and lean is not None:
             static_in = fn.__code__ if is_static else None
             own = LeanInductor(mode, settings, dynamic, record, static_in)
             seen = None if record is None else {"guard_filter_fn": record.see_guards}
